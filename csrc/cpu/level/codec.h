@@ -1,0 +1,148 @@
+// float32 and bfloat16 to int4 and back.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using namespace entrenar;
+
+// Elements [column, column + 32) of a row as float32, zeros past its end.
+inline void load_group(const void* weight, Dtype dtype, int64_t row, int64_t columns, int64_t column, float* group) {
+  const int64_t count = columns - column < int4::kGroup ? columns - column : int4::kGroup;
+  if (dtype == kFloat32) {
+    const float* from = (const float*)weight + row * columns + column;
+    for (int64_t i = 0; i < count; i++) group[i] = from[i];
+  } else {
+    const uint16_t* from = (const uint16_t*)weight + row * columns + column;
+    for (int64_t i = 0; i < count; i++) group[i] = int4::bits_float((uint32_t)from[i] << 16);
+  }
+  for (int64_t i = count; i < int4::kGroup; i++) group[i] = 0;
+}
+
+inline void encode_group(const float* group, float s, uint8_t* codes) {
+  // Adding 1.5 * 2^23 rounds half to even in the last bits of the sum.
+  const float magic = 12582912.0f;
+  for (int j = 0; j < int4::kGroupBytes; j += kLanes) {
+    vuint nibbles[2];
+    for (int half = 0; half < 2; half++) {
+      vfloat q = load<vfloat>(group + half * int4::kGroupBytes + j) / s;
+      q = q > (float)int4::kMaxCode ? broadcast(int4::kMaxCode) : q;
+      q = q < (float)-int4::kMaxCode ? broadcast(-int4::kMaxCode) : q;
+      nibbles[half] = (bits_of(q + magic) + int4::kZeroNibble) & 15;
+    }
+    store(codes + j, __builtin_convertvector(nibbles[0] | nibbles[1] << 4, vbyte));
+  }
+}
+
+void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, int block, bool float32_scales,
+              uint8_t* codes, void* scales) {
+  const int64_t groups = int4::groups(columns), per_block = block / int4::kGroup;
+  int64_t scale_index = 0;
+  for (int64_t row = 0; row < rows; row++) {
+    for (int64_t begin = 0; begin < groups; begin += per_block, scale_index++) {
+      const int64_t count = groups - begin < per_block ? groups - begin : per_block;
+      float values[2 * int4::kGroup];
+      vuint largest = {};  // as integers, magnitudes order like floats with infinity and NaN above them all
+      for (int64_t g = 0; g < count; g++) {
+        float* group = values + g * int4::kGroup;
+        load_group(weight, dtype, row, columns, (begin + g) * int4::kGroup, group);
+        for (int i = 0; i < int4::kGroup; i += kLanes) {
+          const vuint magnitude = load<vuint>(group + i) & 0x7fffffff;
+          largest = magnitude > largest ? magnitude : largest;
+        }
+      }
+      uint32_t absmax = 0;
+      for (int i = 0; i < kLanes; i++) absmax = largest[i] > absmax ? largest[i] : absmax;
+      float s = int4::bits_float(absmax) / int4::kMaxCode;
+      if (float32_scales) {
+        ((float*)scales)[scale_index] = s;
+      } else {
+        const uint16_t half = float_to_half(s);
+        ((uint16_t*)scales)[scale_index] = half;
+        s = half_to_float(half);
+      }
+      const bool usable = s > 0 && s <= 3.402823466e38f;
+      for (int64_t g = 0; g < count; g++, codes += int4::kGroupBytes) {
+        if (usable) {
+          encode_group(values + g * int4::kGroup, s, codes);
+        } else {
+          __builtin_memset(codes, int4::kZeroByte, int4::kGroupBytes);
+        }
+      }
+    }
+  }
+}
+
+inline float scale_of(const Weight& w, int64_t row, int64_t column) {
+  const int64_t index = row * int4::blocks(w.columns, w.block) + column / w.block;
+  return w.float32_scales ? ((const float*)w.scales)[index] : half_to_float(((const uint16_t*)w.scales)[index]);
+}
+
+inline const uint8_t* group_of(const Weight& w, int64_t row, int64_t column) {
+  return w.codes + row * int4::row_bytes(w.columns) + column / int4::kGroup * int4::kGroupBytes;
+}
+
+// The codes q of `kLanes` bytes at `codes`: of their low nibbles, and of their high ones.
+inline void decode_codes(const uint8_t* codes, vfloat& low, vfloat& high) {
+  const vint bytes = __builtin_convertvector(load<vbyte>(codes), vint);
+  low = __builtin_convertvector((bytes & 15) - int4::kZeroNibble, vfloat);
+  high = __builtin_convertvector((bytes >> 4) - int4::kZeroNibble, vfloat);
+}
+
+// Decodes the group that starts at `column`, a multiple of 32, to 32 values in float32, rounded to dtype.
+inline void decode_group(const Weight& w, int64_t row, int64_t column, Dtype dtype, float* out) {
+  const uint8_t* codes = group_of(w, row, column);
+  const float s = scale_of(w, row, column);
+  for (int j = 0; j < int4::kGroupBytes; j += kLanes) {
+    vfloat low, high;
+    decode_codes(codes + j, low, high);
+    low *= s, high *= s;
+    store(out + j, dtype == kBFloat16 ? round_to_bfloat16(low) : low);
+    store(out + int4::kGroupBytes + j, dtype == kBFloat16 ? round_to_bfloat16(high) : high);
+  }
+}
+
+// The same to bfloat16.
+inline void decode_group(const Weight& w, int64_t row, int64_t column, uint16_t* out) {
+  const uint8_t* codes = group_of(w, row, column);
+  const float s = scale_of(w, row, column);
+  for (int j = 0; j < int4::kGroupBytes; j += kLanes) {
+    vfloat low, high;
+    decode_codes(codes + j, low, high);
+    store(out + j, __builtin_convertvector(bfloat16_bits(low * s), vhalfword));
+    store(out + int4::kGroupBytes + j, __builtin_convertvector(bfloat16_bits(high * s), vhalfword));
+  }
+}
+
+template <class T>
+inline void copy_tail(T* out, const T* group, int64_t count) {
+  for (int64_t i = 0; i < count; i++) out[i] = group[i];
+}
+
+void dequantize(const Weight* weight, int64_t row_begin, int64_t row_end, Dtype dtype, void* out) {
+  const Weight& w = *weight;
+  const int64_t whole = w.columns / int4::kGroup * int4::kGroup;
+  for (int64_t row = row_begin; row < row_end; row++) {
+    if (dtype == kFloat32) {
+      float* to = (float*)out + row * w.columns;
+      float group[int4::kGroup];
+      for (int64_t c = 0; c < whole; c += int4::kGroup) decode_group(w, row, c, kFloat32, to + c);
+      if (whole < w.columns) {
+        decode_group(w, row, whole, kFloat32, group);
+        copy_tail(to + whole, group, w.columns - whole);
+      }
+    } else {
+      uint16_t* to = (uint16_t*)out + row * w.columns;
+      uint16_t group[int4::kGroup];
+      for (int64_t c = 0; c < whole; c += int4::kGroup) decode_group(w, row, c, to + c);
+      if (whole < w.columns) {
+        decode_group(w, row, whole, group);
+        copy_tail(to + whole, group, w.columns - whole);
+      }
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,256 @@
+// Matrix products with many rows of x. A tile of the weight, up to 256 units deep and 64 columns wide, is decoded into
+// the cache once and multiplied by all rows of x; the sums stay in float32 until every tile of a column is done.
+#pragma once
+
+#include "codec.h"
+#include "transpose.h"
+
+namespace {
+
+using namespace entrenar;
+
+#if defined(__AVX512BF16__)
+constexpr bool kBFloat16Units = true;
+#else
+constexpr bool kBFloat16Units = false;
+#endif
+
+constexpr int64_t kTileUnits = 256;
+constexpr int kTileVectors = kTileColumns / kLanes;
+
+// Registers of the microkernel: rows x vectors sums, and a few for its operands.
+constexpr int kMicroVectors = kLanes == 16 ? 4 : 2;
+constexpr int micro_rows(int vectors) { return kLanes == 16 ? (vectors <= 2 ? 12 : 6) : kLanes == 8 ? 6 : 4; }
+
+struct Scratch {
+  uint32_t panel[kTileUnits * kTileColumns];   // [unit][column], what the microkernel reads
+  uint32_t decoded[kTileColumns * kTileUnits]; // [column][unit], before it is transposed into the panel
+  float sums[];                                // [row][column of the tile]
+};
+
+int64_t product_scratch_bytes(int64_t rows) { return sizeof(Scratch) + rows * kTileColumns * sizeof(float); }
+
+void to_units(const void* x, Dtype dtype, int64_t rows, int64_t columns, bool bfloat16_units, uint32_t* out,
+              int64_t stride) {
+  for (int64_t m = 0; m < rows; m++, out += stride) {
+    if (bfloat16_units || dtype == kFloat32) {
+      const int64_t bytes = columns * (dtype == kFloat32 ? 4 : 2);
+      __builtin_memcpy(out, (const char*)x + m * bytes, bytes);
+      __builtin_memset((char*)out + bytes, 0, stride * 4 - bytes);
+    } else {
+      const uint16_t* from = (const uint16_t*)x + m * columns;
+      for (int64_t i = 0; i < columns; i++) out[i] = (uint32_t)from[i] << 16;
+      __builtin_memset(out + columns, 0, (stride - columns) * 4);
+    }
+  }
+}
+
+// How a tile is held: float32 values, or pairs of bfloat16 that are neighbours in the contraction.
+template <bool kPairs>
+struct Tile;
+
+template <>
+struct Tile<false> {
+  static constexpr int kUnit = 1;  // elements
+
+  static vfloat multiply_add(vfloat total, uint32_t x, vuint panel) {
+    return total + int4::bits_float(x) * (vfloat)panel;
+  }
+
+  // Columns [q, q + count) of a row of the weight.
+  static void load_row(const Weight& w, Dtype dtype, int64_t row, int64_t q, int64_t count, uint32_t* out) {
+    float* to = (float*)out;
+    if (w.codes) {
+      for (int64_t i = 0; i < count; i += int4::kGroup) decode_group(w, row, q + i, dtype, to + i);
+      return;
+    }
+    const float* from = w.dense + row * w.columns + q;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const vfloat value = load<vfloat>(from + i);
+      store(to + i, dtype == kBFloat16 ? round_to_bfloat16(value) : value);
+    }
+    for (; i < count; i++) to[i] = dtype == kBFloat16 ? round_to_bfloat16(broadcast(from[i]))[0] : from[i];
+  }
+
+  // Columns [c, c + count) of one unit of rows, starting at row q.
+  static void load_unit(const Weight& w, Dtype dtype, int64_t q, int64_t c, int64_t count, uint32_t* out) {
+    load_row(w, dtype, q, c, count, out);
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Tile<true> {
+  static constexpr int kUnit = 2;
+
+  static vfloat multiply_add(vfloat total, uint32_t x, vuint panel) {
+    return (vfloat)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_epi32(x), (__m512bh)panel);
+  }
+
+  static void load_row(const Weight& w, Dtype, int64_t row, int64_t q, int64_t count, uint32_t* out) {
+    uint16_t* to = (uint16_t*)out;
+    if (w.codes) {
+      for (int64_t i = 0; i < count; i += int4::kGroup) decode_group(w, row, q + i, to + i);
+      return;
+    }
+    const float* from = w.dense + row * w.columns + q;
+    for (int64_t i = 0; i < count; i++) to[i] = bfloat16_of(from[i]);
+    if (count % 2) to[count] = 0;
+  }
+
+  static void load_unit(const Weight& w, Dtype, int64_t q, int64_t c, int64_t count, uint32_t* out) {
+    const bool second = q + 1 < w.rows;
+    if (w.codes) {
+      for (int64_t i = 0; i < count; i += int4::kGroup) {
+        float rows[2][int4::kGroup] = {};
+        decode_group(w, q, c + i, kBFloat16, rows[0]);
+        if (second) decode_group(w, q + 1, c + i, kBFloat16, rows[1]);
+        for (int j = 0; j < int4::kGroup; j += kLanes) {
+          store(out + i + j, load<vuint>(rows[0] + j) >> 16 | load<vuint>(rows[1] + j));
+        }
+      }
+      return;
+    }
+    const float* from = w.dense + q * w.columns + c;
+    for (int64_t i = 0; i < count; i++) {
+      out[i] = bfloat16_of(from[i]) | (second ? (uint32_t)bfloat16_of(from[w.columns + i]) << 16 : 0);
+    }
+  }
+
+  static uint16_t bfloat16_of(float value) { return bfloat16_bits(broadcast(value))[0]; }
+};
+#endif
+
+// sums[kRows][kVectors] (+)= x panel, over `units` units.
+template <bool kPairs, int kRows, int kVectors>
+void micro(const uint32_t* x, int64_t stride, const uint32_t* panel, int64_t units, float* sums, bool first) {
+  vfloat total[kRows][kVectors];
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) {
+      total[r][v] = first ? vfloat{} : load<vfloat>(sums + r * kTileColumns + v * kLanes);
+    }
+  }
+  for (int64_t u = 0; u < units; u++) {
+    vuint columns[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) columns[v] = load<vuint>(panel + u * kTileColumns + v * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; r++) {
+      const uint32_t value = load<uint32_t>(x + r * stride + u);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) total[r][v] = Tile<kPairs>::multiply_add(total[r][v], value, columns[v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) store(sums + r * kTileColumns + v * kLanes, total[r][v]);
+  }
+}
+
+template <bool kPairs, int kVectors, int kRows = micro_rows(kVectors)>
+inline void micro_of(int64_t rows, const uint32_t* x, int64_t stride, const uint32_t* panel, int64_t units, float* sums,
+                     bool first) {
+  if (rows == kRows) {
+    micro<kPairs, kRows, kVectors>(x, stride, panel, units, sums, first);
+  } else if constexpr (kRows > 1) {
+    micro_of<kPairs, kVectors, kRows - 1>(rows, x, stride, panel, units, sums, first);
+  }
+}
+
+template <bool kPairs, int kVectors>
+void multiply(int64_t rows, const Units& x, const uint32_t* panel, int64_t units, float* sums, bool first) {
+  constexpr int kStep = micro_rows(kVectors);
+  for (int64_t r = 0; r < rows; r += kStep) {
+    const int64_t count = rows - r < kStep ? rows - r : kStep;
+    micro_of<kPairs, kVectors>(count, x.data + r * x.stride, x.stride, panel, units, sums + r * kTileColumns, first);
+  }
+}
+
+template <bool kPairs>
+void multiply_tile(int vectors, int64_t rows, const Units& x, const uint32_t* panel, int64_t units, float* sums,
+                   bool first) {
+  for (int v = 0; v < vectors; v += kMicroVectors, panel += kMicroVectors * kLanes, sums += kMicroVectors * kLanes) {
+    const int count = vectors - v;
+    if (count == 1) {
+      multiply<kPairs, 1>(rows, x, panel, units, sums, first);
+    } else if (count == 2 || kMicroVectors == 2) {
+      multiply<kPairs, 2>(rows, x, panel, units, sums, first);
+    } else if (count == 3) {
+      multiply<kPairs, (kMicroVectors < 3 ? kMicroVectors : 3)>(rows, x, panel, units, sums, first);
+    } else {
+      multiply<kPairs, kMicroVectors>(rows, x, panel, units, sums, first);
+    }
+  }
+}
+
+template <bool kPairs>
+void fill_panel(const Product& p, const Weight& w, int64_t q, int64_t depth, int64_t column, int64_t columns,
+                Scratch* scratch) {
+  const int64_t units = (depth + Tile<kPairs>::kUnit - 1) / Tile<kPairs>::kUnit;
+  if (p.transposed) {
+    for (int64_t n = 0; n < columns; n++) {
+      Tile<kPairs>::load_row(w, p.dtype, column + n, q, depth, scratch->decoded + n * kTileUnits);
+    }
+    transpose(scratch->decoded, kTileUnits, columns, units, scratch->panel, kTileColumns);
+  } else {
+    for (int64_t u = 0; u < units; u++) {
+      Tile<kPairs>::load_unit(w, p.dtype, q + u * Tile<kPairs>::kUnit, column, columns,
+                              scratch->panel + u * kTileColumns);
+    }
+  }
+}
+
+inline void store_columns(const Product& p, int64_t row, int64_t column, int64_t columns, const float* sums) {
+  float values[kTileColumns];
+  for (int64_t i = 0; i < columns; i++) values[i] = p.scale * sums[i] + (p.bias ? p.bias[column + i] : 0.0f);
+  const int64_t index = row * p.columns + column;
+  if (p.dtype == kFloat32) {
+    __builtin_memcpy((float*)p.y + index, values, columns * sizeof(float));
+  } else {
+    uint16_t rounded[kTileColumns];
+    for (int i = 0; i < kTileColumns; i += kLanes) store_bfloat16(rounded + i, load<vfloat>(values + i));
+    __builtin_memcpy((uint16_t*)p.y + index, rounded, columns * sizeof(uint16_t));
+  }
+}
+
+template <bool kPairs>
+void product_of(const Product& p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
+                Scratch* scratch) {
+  constexpr int64_t kDepth = kTileUnits * Tile<kPairs>::kUnit;
+  const int64_t rows = row_end - row_begin;
+  for (int64_t column = column_begin; column < column_end; column += kTileColumns) {
+    const int64_t columns = column_end - column < kTileColumns ? column_end - column : kTileColumns;
+    const int vectors = (columns + kLanes - 1) / kLanes;
+    bool first = true;
+    for (int t = 0; t < p.terms; t++) {
+      const Weight& w = p.w[t];
+      const int64_t contraction = p.transposed ? w.columns : w.rows;
+      for (int64_t q = 0; q < contraction; q += kDepth, first = false) {
+        const int64_t depth = contraction - q < kDepth ? contraction - q : kDepth;
+        fill_panel<kPairs>(p, w, q, depth, column, columns, scratch);
+        const Units x = {p.x[t].data + row_begin * p.x[t].stride + q / Tile<kPairs>::kUnit, p.x[t].stride};
+        multiply_tile<kPairs>(vectors, rows, x, scratch->panel, (depth + Tile<kPairs>::kUnit - 1) / Tile<kPairs>::kUnit,
+                              scratch->sums, first);
+      }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      store_columns(p, row_begin + r, column, columns, scratch->sums + r * kTileColumns);
+    }
+  }
+}
+
+void product(const Product* p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
+             void* scratch) {
+#if defined(__AVX512BF16__)
+  if (p->dtype == kBFloat16) {
+    return product_of<true>(*p, row_begin, row_end, column_begin, column_end, (Scratch*)scratch);
+  }
+#endif
+  product_of<false>(*p, row_begin, row_end, column_begin, column_end, (Scratch*)scratch);
+}
+
+}  // namespace

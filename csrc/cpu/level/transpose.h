@@ -1,0 +1,60 @@
+// out[u, n] = in[n, u] for 32-bit elements. Whole squares are written: `in` must be readable, and `out` writable, up to
+// the next multiple of 16 in both directions; what lies past `rows` and `columns` there is unspecified.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+
+inline void transpose_square(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(in + i * in_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    _mm512_storeu_si512(out + i * out_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+    _mm512_storeu_si512(out + (i + 8) * out_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+  }
+}
+
+#else
+
+inline void transpose_square(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+  for (int u = 0; u < 16; u++) {
+    for (int n = 0; n < 16; n++) out[u * out_stride + n] = in[n * in_stride + u];
+  }
+}
+
+#endif
+
+inline void transpose(const uint32_t* in, int64_t in_stride, int64_t rows, int64_t columns, uint32_t* out,
+                      int64_t out_stride) {
+  for (int64_t n = 0; n < rows; n += 16) {
+    for (int64_t u = 0; u < columns; u += 16) {
+      transpose_square(in + n * in_stride + u, in_stride, out + u * out_stride + n, out_stride);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,157 @@
+#include "product.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../int4.h"
+#include "dispatch.h"
+#include "workspace.h"
+
+namespace entrenar {
+
+using torch::headeronly::ScalarType;
+using torch::stable::get_num_threads;
+using torch::stable::parallel_for;
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name, " must be float32 or bfloat16");
+  return type == ScalarType::Float ? kFloat32 : kBFloat16;
+}
+
+Weight int4_weight(const Tensor& codes, const Tensor& scales, int64_t columns, int64_t block) {
+  STD_TORCH_CHECK(block == 32 || block == 64, "block must be 32 or 64, not ", block);
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && scales.scalar_type() == ScalarType::Byte,
+                  "codes and scales must be uint8");
+  STD_TORCH_CHECK(codes.is_contiguous() && scales.is_contiguous(), "codes and scales must be contiguous");
+  STD_TORCH_CHECK(codes.dim() == 2 && scales.dim() == 2 && codes.size(0) == scales.size(0),
+                  "codes and scales must be matrices with the same number of rows");
+  const int64_t blocks = int4::blocks(columns, block);
+  STD_TORCH_CHECK(codes.size(1) == int4::row_bytes(columns), "codes must have ", int4::row_bytes(columns),
+                  " bytes a row for ", columns, " columns, not ", codes.size(1));
+  STD_TORCH_CHECK(scales.size(1) == 2 * blocks || scales.size(1) == 4 * blocks, "scales must have ", 2 * blocks, " or ",
+                  4 * blocks, " bytes a row for ", columns, " columns, not ", scales.size(1));
+  Weight w = {};
+  w.codes = codes.const_data_ptr<uint8_t>();
+  w.scales = scales.const_data_ptr<uint8_t>();
+  w.float32_scales = scales.size(1) == 4 * blocks;
+  w.block = static_cast<int>(block);
+  w.rows = codes.size(0);
+  w.columns = columns;
+  return w;
+}
+
+Weight dense_weight(const Tensor& weight, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.is_contiguous(), name,
+                  " must be float32 and contiguous");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns, name, " must be ", rows,
+                  " x ", columns);
+  Weight w = {};
+  w.dense = weight.const_data_ptr<float>();
+  w.rows = rows;
+  w.columns = columns;
+  return w;
+}
+
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) rows *= x.size(i);
+  return rows;
+}
+
+Tensor empty_with_last(const Tensor& a, int64_t last) {
+  std::vector<int64_t> sizes(a.sizes().begin(), a.sizes().end());
+  sizes.back() = last;
+  return torch::stable::new_empty(a, sizes);
+}
+
+namespace {
+
+// x as the units that the kernel reads: in place where its memory already is that, else in the workspace.
+Units units_of(const Tensor& x, int64_t rows, int64_t columns, bool pairs, int64_t multiple, Workspace& workspace) {
+  const Dtype dtype = dtype_of(x, "x");
+  const int64_t needed = pairs ? (columns + 1) / 2 : columns;
+  const int64_t stride = (needed + multiple - 1) / multiple * multiple;
+  const bool in_place = stride == needed && (pairs ? columns % 2 == 0 : dtype == kFloat32);
+  if (in_place) return {static_cast<const uint32_t*>(x.const_data_ptr()), stride};
+
+  auto* units = static_cast<uint32_t*>(workspace.reserve(rows * stride * sizeof(uint32_t)));
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  const int64_t row_bytes = columns * (dtype == kFloat32 ? 4 : 2);
+  parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, columns)), [&](int64_t begin, int64_t end) {
+    kernels().to_units(from + begin * row_bytes, dtype, end - begin, columns, pairs, units + begin * stride, stride);
+  });
+  return {units, stride};
+}
+
+// Rows are split first, for then each thread reads its own part of x; a weight is decoded anew for each part of the
+// rows, which is negligible from this many on.
+constexpr int64_t kRowsToSplit = 192;
+constexpr int64_t kRowsAtOnce = 512;  // whose sums fit the second-level cache beside a tile
+constexpr int64_t kRowStep = 12;      // a whole number of microkernels
+
+void multiply_in_tiles(const Product& p) {
+  const int64_t threads = get_num_threads();
+  const int64_t tiles = (p.columns + kTileColumns - 1) / kTileColumns;
+  const int64_t row_parts = std::clamp<int64_t>(p.rows / kRowsToSplit, 1, threads);
+  const int64_t column_parts = std::min((threads + row_parts - 1) / row_parts, tiles);
+  const int64_t part_rows = ((p.rows + row_parts - 1) / row_parts + kRowStep - 1) / kRowStep * kRowStep;
+
+  parallel_for(0, row_parts * column_parts, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Workspace scratch;
+    const Kernels& k = kernels();
+    for (int64_t part = begin; part < end; part++) {
+      const int64_t row_end = std::min(p.rows, (part / column_parts + 1) * part_rows);
+      const int64_t column_part = part % column_parts;
+      const int64_t column_begin = tiles * column_part / column_parts * kTileColumns;
+      const int64_t column_end = std::min(p.columns, tiles * (column_part + 1) / column_parts * kTileColumns);
+      for (int64_t row = part / column_parts * part_rows; row < row_end; row += kRowsAtOnce) {
+        const int64_t until = std::min(row + kRowsAtOnce, row_end);
+        k.product(&p, row, until, column_begin, column_end, scratch.reserve(k.product_scratch_bytes(until - row)));
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void multiply(const Term* terms, int count, bool transposed, float scale, const std::optional<Tensor>& bias, Tensor& y) {
+  static thread_local Workspace units[kMaxTerms];
+  Product p = {};
+  p.dtype = dtype_of(terms[0].x, "x");
+  p.transposed = transposed;
+  p.terms = count;
+  p.scale = scale;
+  p.rows = rows_of(y);
+  p.columns = y.size(-1);
+  p.y = y.mutable_data_ptr();
+  if (bias) {
+    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->dim() == 1 &&
+                        bias->size(0) == p.columns,
+                    "bias must be float32 with ", p.columns, " elements");
+    p.bias = bias->const_data_ptr<float>();
+  }
+  if (p.rows == 0 || p.columns == 0) return;
+
+  const bool few = transposed && p.rows <= kMaxDotRows;
+  const bool pairs = !few && p.dtype == kBFloat16 && kernels().bfloat16_units;
+  for (int t = 0; t < count; t++) {
+    p.w[t] = terms[t].w;
+    const int64_t contraction = transposed ? p.w[t].columns : p.w[t].rows;
+    STD_TORCH_CHECK(dtype_of(terms[t].x, "x") == p.dtype, "all x must have the same dtype");
+    STD_TORCH_CHECK(terms[t].x.is_contiguous() && terms[t].x.numel() == p.rows * contraction, "x must be ", p.rows, " x ",
+                    contraction, " and contiguous");
+    p.x[t] = units_of(terms[t].x, p.rows, contraction, pairs, few ? int4::kGroup : 1, units[t]);
+  }
+  if (few) {
+    const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, p.w[0].columns));
+    parallel_for(0, p.columns, grain, [&](int64_t begin, int64_t end) { kernels().dot(&p, begin, end); });
+  } else {
+    multiply_in_tiles(p);
+  }
+}
+
+}  // namespace entrenar

@@ -1,0 +1,32 @@
+// Products of matrices in torch tensors, spread over threads.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "level/kernels.h"
+
+namespace entrenar {
+
+using torch::stable::Tensor;
+
+// The checked arguments of an op as kernels see them. Each raises an error that names the argument.
+Dtype dtype_of(const Tensor& tensor, const char* name);
+Weight int4_weight(const Tensor& codes, const Tensor& scales, int64_t columns, int64_t block);
+Weight dense_weight(const Tensor& weight, int64_t rows, int64_t columns, const char* name);
+
+// One factor of a product: a contiguous x [rows, contraction] and what it is multiplied by.
+struct Term {
+  const Tensor& x;
+  Weight w;
+};
+
+// y = scale * (x0 op(w0) + x1 op(w1)) + bias, where op transposes or not; y [rows, columns] has x's dtype.
+void multiply(const Term* terms, int count, bool transposed, float scale, const std::optional<Tensor>& bias, Tensor& y);
+
+// a.shape[:-1] + [last]
+Tensor empty_with_last(const Tensor& a, int64_t last);
+int64_t rows_of(const Tensor& x);
+
+}  // namespace entrenar

@@ -1,0 +1,178 @@
+"""The int4 format: a matrix as signed 4-bit codes, and one scale for each block of a row.
+
+For every block of `block` consecutive elements of a row, s = absmax / 7 is rounded to the scales' dtype, and each
+element v becomes the code q = round_half_even(v / s), clamped to [-7, 7], which stands for the value q * s. A code is
+stored as the nibble q + 8. Each 32 elements of a row take 16 bytes: byte j holds element j in its low nibble and
+element j + 16 in its high one, which is the order of GGUF's Q4_0. The last block of a row may be shorter.
+
+Scales are kept as the bytes of their float16 or float32 values, so that no cast of a module can round them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from entrenar.autograd.ops._library import define
+
+GROUP = 32
+"""Elements that share 16 bytes."""
+MAX_CODE = 7
+BLOCKS = (32, 64)
+SCALE_DTYPES = (torch.float16, torch.float32)
+
+
+def int4_quantize(
+    weight: Tensor, *, block: int = 64, scale_dtype: torch.dtype = torch.float16, name: str = "weight"
+) -> tuple[Tensor, Tensor]:
+    """Quantize a matrix to 4 bits.
+
+    Args:
+        weight: [N, K], floating point. Dtypes other than float32 and bfloat16 are converted to float32 first.
+        block: elements that share a scale, 64 or 32.
+        scale_dtype: torch.float16 (4.25 bits a weight with blocks of 64) or torch.float32 (4.5 bits).
+        name: what to call the weight in an error message.
+
+    Returns:
+        codes: uint8 [N, 16 * ceil(K / 32)].
+        scales: uint8 [N, ceil(K / block) * bytes of scale_dtype].
+
+    The error of an element is at most s / 2, plus what rounding s itself costs. A scale below float16's smallest
+    positive value (5.96e-8) becomes zero, and so does its block.
+
+    Raises ValueError for a NaN or infinity in the weight, and for a scale above the largest float16 (65504).
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"{name}: int4 takes a floating-point matrix, not {weight.dtype} of shape {tuple(weight.shape)}")
+    if block not in BLOCKS:
+        raise ValueError(f"{name}: blocks are of {' or '.join(map(str, BLOCKS))} elements, not {block}")
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"{name}: scales are float16 or float32, not {scale_dtype}")
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        weight = weight.float()
+    codes, scales = torch.ops.entrenar.int4_quantize(weight.detach(), block, scale_dtype)
+    finite = scales.view(scale_dtype).isfinite()
+    if not finite.all():
+        _explain_bad_scale(weight, finite, block, name)
+    return codes, scales
+
+
+def _explain_bad_scale(weight: Tensor, finite: Tensor, block: int, name: str) -> None:
+    row, index = (~finite).nonzero()[0].tolist()
+    values = weight[row, index * block : (index + 1) * block].float()
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        column = int(bad[0])
+        raise ValueError(
+            f"{name}[{row}, {index * block + column}] is {values[column].item()}: "
+            "int4 holds finite values only; mend the weight or leave this layer out"
+        )
+    column = int(values.abs().argmax())
+    raise ValueError(
+        f"{name}[{row}, {index * block + column}] is {values[column].item():g}, whose scale float16 cannot hold: "
+        "use scale_dtype=torch.float32"
+    )
+
+
+def int4_quantize_reference(weight: Tensor, block: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`torch.ops.entrenar.int4_quantize` in plain torch; a block whose scale is not finite gets zero codes."""
+    rows, columns = weight.shape
+    blocks = math.ceil(columns / block)
+    padded = torch.nn.functional.pad(weight.float(), (0, blocks * block - columns)).view(rows, blocks, block)
+    scales = (padded.abs().amax(-1) / MAX_CODE).to(scale_dtype)
+    s = scales.float().unsqueeze(-1)
+    q = (padded / s).round().clamp(-MAX_CODE, MAX_CODE)
+    q = torch.where((s > 0) & s.isfinite(), q, 0)
+    u = (q + 8).to(torch.uint8).view(rows, -1, 2, GROUP // 2)
+    codes = (u[:, :, 0] | u[:, :, 1] << 4).flatten(1)[:, : packed_columns(columns)]
+    return codes.contiguous(), scales.view(torch.uint8)
+
+
+def int4_dequantize(
+    codes: Tensor, scales: Tensor, in_features: int, *, block: int = 64, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Decode a matrix from int4: each value q * s, exact in float32, is rounded once to `dtype`.
+
+    Args:
+        codes: uint8 [N, 16 * ceil(K / 32)].
+        scales: uint8 [N, ceil(K / block) * bytes of a scale]; the scales' dtype follows from that size.
+        in_features: K.
+        block: elements that share a scale, 64 or 32.
+        dtype: of the result; float32 and bfloat16 are decoded directly, others by way of float32.
+
+    Returns:
+        [N, K] of `dtype`.
+
+    Raises ValueError where the sizes do not belong together.
+    """
+    check_packed(codes, scales, in_features, block)
+    if dtype in (torch.float32, torch.bfloat16):
+        return torch.ops.entrenar.int4_dequantize(codes, scales, in_features, block, dtype)
+    return torch.ops.entrenar.int4_dequantize(codes, scales, in_features, block, torch.float32).to(dtype)
+
+
+def int4_dequantize_reference(
+    codes: Tensor, scales: Tensor, in_features: int, block: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`torch.ops.entrenar.int4_dequantize` in plain torch."""
+    rows = codes.shape[0]
+    groups = codes.view(rows, -1, 1, GROUP // 2)
+    q = torch.cat([groups & 15, groups >> 4], dim=2).flatten(1)[:, :in_features].float() - 8
+    s = scales.view(scale_dtype_of(scales, in_features, block)).float()
+    return (q * s.repeat_interleave(block, dim=1)[:, :in_features]).to(dtype)
+
+
+def packed_columns(in_features: int) -> int:
+    """Bytes of one row of codes."""
+    return math.ceil(in_features / GROUP) * (GROUP // 2)
+
+
+def scale_dtype_of(scales: Tensor, in_features: int, block: int) -> torch.dtype:
+    """The dtype of which `scales` holds the bytes."""
+    blocks = math.ceil(in_features / block)
+    return torch.float32 if scales.shape[1] == 4 * blocks else torch.float16
+
+
+def check_packed(codes: Tensor, scales: Tensor, in_features: int, block: int) -> None:
+    """Raise ValueError unless `codes` and `scales` can be an int4 matrix with `in_features` columns."""
+    if block not in BLOCKS:
+        raise ValueError(f"blocks are of {' or '.join(map(str, BLOCKS))} elements, not {block}")
+    if codes.dtype != torch.uint8 or scales.dtype != torch.uint8 or codes.dim() != 2 or scales.dim() != 2:
+        raise ValueError(
+            "codes and scales are uint8 matrices, not "
+            f"{codes.dtype} {tuple(codes.shape)} and {scales.dtype} {tuple(scales.shape)}"
+        )
+    blocks = math.ceil(in_features / block)
+    if (
+        codes.shape[1] != packed_columns(in_features)
+        or scales.shape[1] not in (2 * blocks, 4 * blocks)
+        or codes.shape[0] != scales.shape[0]
+    ):
+        raise ValueError(
+            f"codes {tuple(codes.shape)} and scales {tuple(scales.shape)} are not an int4 matrix with {in_features} "
+            f"columns in blocks of {block}: that has {packed_columns(in_features)} code bytes and "
+            f"{2 * blocks} (float16) or {4 * blocks} (float32) scale bytes a row"
+        )
+
+
+def _int4_quantize_fake(weight: Tensor, block: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    blocks = (columns + block - 1) // block
+    groups = (columns + GROUP - 1) // GROUP
+    return (
+        weight.new_empty(rows, groups * (GROUP // 2), dtype=torch.uint8),
+        weight.new_empty(rows, blocks * scale_dtype.itemsize, dtype=torch.uint8),
+    )
+
+
+def _int4_dequantize_fake(codes: Tensor, scales: Tensor, in_features: int, block: int, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape[0], in_features, dtype=dtype)
+
+
+define("int4_quantize(Tensor weight, int block, ScalarType scale_dtype) -> (Tensor, Tensor)", _int4_quantize_fake)
+define(
+    "int4_dequantize(Tensor codes, Tensor scales, SymInt in_features, int block, ScalarType dtype) -> Tensor",
+    _int4_dequantize_fake,
+)

@@ -1,0 +1,158 @@
+"""A linear map with an int4 weight and a LoRA adapter beside it: y = x Wᵀ + b + scaling (x Aᵀ) Bᵀ.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), equation 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entrenar.autograd.ops._autocast import autocast
+from entrenar.autograd.ops._library import define
+from entrenar.autograd.ops.int4_linear import check_linear, int4_linear_reference, wide_bias
+
+
+def int4_lora_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    block: int = 64,
+) -> Tensor:
+    """Apply y = x Wᵀ + b + scaling (x Aᵀ) Bᵀ in one pass, with W in int4 (`int4_quantize`).
+
+    Args:
+        x: [..., K], float32 or bfloat16. Under autocast it is cast as torch.nn.functional.linear casts it.
+        codes, scales: the packed W [N, K]; frozen, they get no gradient.
+        bias: [N] or None; frozen.
+        lora_A: [r, K]; lora_B: [N, r]; floating point, used in x's dtype, with float32 sums.
+        scaling: alpha / rank.
+        block: elements that share a scale, 64 or 32.
+
+    Returns:
+        [..., N] of x's dtype.
+
+    Differentiable in x, lora_A and lora_B. With u = scaling x Aᵀ and du = scaling dy B:
+    dx = dy W + du A, dA = duᵀ x, dB = dyᵀ u. There is no second derivative: asking for one raises.
+    Raises ValueError where sizes or dtypes do not match.
+    """
+    x = autocast(x)
+    check_linear(x, codes, scales, bias, block)
+    rank = lora_A.shape[0]
+    if lora_A.shape != (rank, x.shape[-1]) or lora_B.shape != (codes.shape[0], rank):
+        raise ValueError(
+            f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} are not [r, K] and [N, r] "
+            f"for a weight with N = {codes.shape[0]}, K = {x.shape[-1]}"
+        )
+    y, _ = torch.ops.entrenar.int4_lora_linear(
+        x, codes, scales, wide_bias(bias), lora_A.float(), lora_B.float(), float(scaling), block
+    )
+    return y
+
+
+def int4_lora_linear_reference(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    block: int,
+) -> Tensor:
+    """`int4_lora_linear` in plain torch, computed in float32 or x's dtype if that is wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    u = scaling * (x.to(wide) @ lora_A.to(wide).T)
+    return (int4_linear_reference(x.to(wide), codes, scales, bias, block) + u @ lora_B.to(wide).T).to(x.dtype)
+
+
+def _int4_lora_linear_fake(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], codes.shape[0]), x.new_empty(*x.shape[:-1], lora_A.shape[0])
+
+
+def _int4_lora_linear_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    u: Tensor,
+    scaling: float,
+    block: int,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else x.new_empty(0)
+    return dx, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
+
+
+define(
+    "int4_lora_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, Tensor lora_A, Tensor lora_B, "
+    "float scaling, int block) -> (Tensor y, Tensor u)",
+    _int4_lora_linear_fake,
+)
+define(
+    "int4_lora_linear_backward(Tensor dy, Tensor x, Tensor codes, Tensor scales, Tensor lora_A, Tensor lora_B, "
+    "Tensor u, float scaling, int block, bool needs_dx) -> (Tensor dx, Tensor dA, Tensor dB)",
+    _int4_lora_linear_backward_fake,
+)
+
+
+class Int4LoRALinearFunction(torch.autograd.Function):
+    """y = x Wᵀ + b + u Bᵀ with u = scaling x Aᵀ, which is kept for dB."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        block: int,
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.entrenar.int4_lora_linear(x, codes, scales, bias, lora_A, lora_B, scaling, block)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        x, codes, scales, _, lora_A, lora_B, ctx.scaling, ctx.block = inputs
+        _, u = output
+        ctx.mark_non_differentiable(u)
+        ctx.save_for_backward(x, codes, scales, lora_A, lora_B, u)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, du: Tensor) -> tuple[Tensor | None, ...]:
+        x, codes, scales, lora_A, lora_B, u = ctx.saved_tensors
+        dx, dA, dB = torch.ops.entrenar.int4_lora_linear_backward(
+            dy, x, codes, scales, lora_A, lora_B, u, ctx.scaling, ctx.block, ctx.needs_input_grad[0]
+        )
+        return dx if ctx.needs_input_grad[0] else None, None, None, None, dA, dB, None, None
+
+
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("int4_lora_linear has no second derivative: its gradient was computed without create_graph=True")
+
+
+torch.library.register_autograd(
+    "entrenar::int4_lora_linear",
+    Int4LoRALinearFunction.backward,
+    setup_context=Int4LoRALinearFunction.setup_context,
+)
+torch.library.register_autograd("entrenar::int4_lora_linear_backward", _refuse_second_derivative)

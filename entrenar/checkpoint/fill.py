@@ -1,0 +1,124 @@
+"""Putting stored tensors into a model that was laid out on the meta device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entrenar.checkpoint.errors import CheckpointError
+from entrenar.checkpoint.stored import StoredTensor
+from entrenar.lora.layers import Int4Linear
+
+
+def check_names_and_shapes(model: nn.Module, stored: dict[str, StoredTensor], path: Path) -> None:
+    """Raise one CheckpointError for all tensors that are missing, superfluous or of another shape than the model's.
+
+    Of tied tensors one is enough.
+    """
+    slots = model.state_dict()
+    missing = [names[0] for names in _aliases(model).values() if not any(name in stored for name in names)]
+    superfluous = [name for name in stored if name not in slots]
+    misshapen = [
+        f"{name} {list(stored[name].shape)} instead of {list(slot.shape)}"
+        for name, slot in slots.items()
+        if name in stored and stored[name].shape != tuple(slot.shape)
+    ]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
+        for what, names in (("missing", missing), ("superfluous", superfluous), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"the tensors of {path} are not those of a {type(model).__name__}: {'; '.join(problems)}")
+
+
+def fill(model: nn.Module, stored: dict[str, StoredTensor], int4: dict[str, Any] | None) -> None:
+    """Read each tensor into its place in `model`, in the order of the files.
+
+    `int4` holds the arguments of `Int4Linear.from_weight` for the linear layers, which are replaced as their weights
+    are read; None leaves them dense. Raises ValueError for a tensor that is not finite, that is of another kind than
+    the model's, or that differs from the one it is tied to.
+    """
+    slots = model.state_dict(keep_vars=True)
+    aliases = _aliases(model)
+    linears = set() if int4 is None else _linear_weights(model)
+    done: dict[int, Tensor] = {}
+    for name, tensor in stored.items():
+        slot = slots[name]
+        value = tensor.read()
+        if value.is_floating_point() != slot.is_floating_point():
+            raise ValueError(f"{name} is stored as {value.dtype}, where the model has {slot.dtype}")
+        if int4 is not None and name in linears:
+            layer = name.removesuffix(".weight")
+            bias = model.get_submodule(layer).bias
+            model.set_submodule(layer, Int4Linear.from_weight(value, bias, name=name, **int4))
+            continue
+        value = value.to(slot.dtype)
+        _check_finite(value, name)
+        if id(slot) in done:
+            if not torch.equal(value, done[id(slot)]):
+                raise ValueError(
+                    f"{' and '.join(aliases[id(slot)])} are tied but differ: set tie_word_embeddings to false"
+                )
+            continue
+        done[id(slot)] = value
+        if isinstance(slot, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=slot.requires_grad)
+        for alias in aliases[id(slot)]:
+            owner, _, leaf = alias.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, value)
+
+
+def compute_buffers(model: Any) -> None:
+    """Compute the buffers that no checkpoint stores (rotary frequencies, masks), as the model's classes do."""
+    lacking = []
+    for module_name, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                # NaN shows below what the model's class did not compute; integers start at their least value.
+                unset = float("nan") if buffer.is_floating_point() else 0
+                setattr(module, name, torch.full_like(buffer, unset, device="cpu"))
+                lacking.append((module_name, module, name))
+    # transformers' initialization computes buffers and passes over what carries this mark.
+    fresh = {module for _, module, _ in lacking}
+    for module in model.modules():
+        module._is_hf_initialized = module not in fresh
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True
+    model.initialize_weights()
+    for module_name, module, name in lacking:
+        buffer = getattr(module, name)
+        if buffer.is_floating_point() and buffer.isnan().any():
+            raise CheckpointError(f"{type(model).__name__} has a buffer that cannot be computed: {module_name}.{name}")
+
+
+def _aliases(model: nn.Module) -> dict[int, list[str]]:
+    """The names of every tensor that the model keeps, by the tensor's identity: a tied one has several."""
+    aliases: dict[int, list[str]] = {}
+    for name, slot in model.state_dict(keep_vars=True).items():
+        aliases.setdefault(id(slot), []).append(name)
+    return aliases
+
+
+def _linear_weights(model: Any) -> set[str]:
+    """The names of the linear layers' weights, less the output head's and tied ones."""
+    head = model.get_output_embeddings()
+    aliases = _aliases(model)
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and len(aliases[id(module.weight)]) == 1
+    }
+
+
+def _check_finite(value: Tensor, name: str) -> None:
+    if not value.is_floating_point() or not value.numel():
+        return
+    # NaN and infinity show in the extremes, which take no memory as a mask of the whole tensor would.
+    if all(extreme.isfinite() for extreme in value.aminmax()):
+        return
+    index = (~value.isfinite()).nonzero()[0].tolist()
+    raise ValueError(f"{name}{index} is {value[tuple(index)].item()} in {value.dtype}: the weights are damaged")

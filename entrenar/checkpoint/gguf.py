@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entrenar.checkpoint.errors import CheckpointError
+from entrenar.checkpoint.extra import require
+from entrenar.checkpoint.stored import StoredTensor, read_bytes
+
+# What the parsers raise on damaged bytes, which they take for lengths, types and names.
+DAMAGE = (ValueError, KeyError, IndexError, OverflowError, TypeError, AttributeError, MemoryError, OSError)
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+class GgufFile:
+    """A GGUF file of an architecture whose tensors map one to one onto the model's, in the same shapes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            header = require("gguf").GGUFReader(path)
+            if header.byte_order != "I":
+                raise ValueError("its byte order is not this machine's")
+            if "split.count" in header.fields and header.fields["split.count"].contents() > 1:
+                raise ValueError("it is one part of several: join them with llama.cpp's gguf-split --merge")
+            self._architecture: str = header.fields["general.architecture"].contents()
+            # Not the tensors themselves, which would keep the whole file mapped.
+            self._entries = {
+                entry.name: (entry.tensor_type, tuple(reversed(entry.shape.tolist())), entry.data_offset, entry.n_bytes)
+                for entry in header.tensors
+            }
+            del header
+            self.config = require("transformers").AutoConfig.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True
+            )
+        except DAMAGE as error:
+            raise CheckpointError(
+                f"{path} cannot be read as a GGUF file (truncated, corrupt or of an unread kind): {error!r}"
+            ) from error
+        if ROPE_FACTORS in self._entries:
+            self._keep_rope_factors()
+
+    def tensors(self, model: nn.Module) -> dict[str, StoredTensor]:
+        """The stored tensors by the model's names, decoded to float32 when they are read."""
+        conversion = require("transformers.modeling_gguf_pytorch_utils")
+        kind = conversion.TENSOR_PROCESSORS.get(self._architecture, conversion.TensorProcessor)
+        # The processors of the other architectures reshape or merge tensors.
+        one_to_one = (
+            conversion.TensorProcessor,
+            conversion.LlamaTensorProcessor,
+            conversion.Gemma2TensorProcessor,
+            conversion.NemotronTensorProcessor,
+        )
+        if kind not in one_to_one:
+            raise CheckpointError(
+                f"{self.path}: GGUF files of architecture {self._architecture!r} are not read; "
+                "use the model's safetensors checkpoint"
+            )
+        processor = kind(config=self.config.to_dict())
+        try:
+            named = conversion.get_gguf_hf_weights_map(model, processor)
+        except NotImplementedError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        return {
+            named.get(name, name): StoredTensor(shape, partial(self._read, name, processor))
+            for name, (_, shape, _, _) in self._entries.items()
+        }
+
+    def _read(self, name: str, processor: Any) -> Tensor:
+        kind, shape, offset, size = self._entries[name]
+        rows = read_bytes(self.path, offset, size).reshape(*shape[:-1], -1).numpy()
+        try:
+            values = require("gguf").dequantize(rows, kind)
+        except NotImplementedError as error:
+            raise CheckpointError(f"{self.path}: {name} is stored as {kind.name}, which is not read") from error
+        values = processor.process(weights=values, name=name).weights
+        return torch.from_numpy(values).contiguous()
+
+    def _keep_rope_factors(self) -> None:
+        """Put the file's own divisors of the rotary frequencies (Llama 3.1 and later) into the configuration.
+
+        transformers passes over them; its "longrope" is the rule that takes a divisor for every frequency.
+        """
+        kind, _, offset, size = self._entries.pop(ROPE_FACTORS)
+        factors = require("gguf").dequantize(read_bytes(self.path, offset, size).numpy(), kind).tolist()
+        self.config.rope_parameters |= {
+            "rope_type": "longrope",
+            "short_factor": factors,
+            "long_factor": factors,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": self.config.max_position_embeddings,
+        }

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from entrenar.autograd.ops.int4 import BLOCKS, SCALE_DTYPES
+from entrenar.checkpoint.errors import CheckpointError
+from entrenar.checkpoint.extra import require
+from entrenar.checkpoint.fill import check_names_and_shapes, compute_buffers, fill
+from entrenar.checkpoint.gguf import GgufFile
+from entrenar.checkpoint.safetensors import SafetensorsDirectory
+from entrenar.checkpoint.stored import Checkpoint
+
+
+def load_pretrained(
+    path: str | PathLike[str],
+    bits: int | None = 4,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    block: int = 64,
+    scale_dtype: torch.dtype = torch.float16,
+) -> nn.Module:
+    """Load a pretrained transformers model into 4 bits on the CPU without ever holding it in 16.
+
+    The model is laid out without memory, then filled tensor by tensor: each is read, quantized and dropped before the
+    next, so the peak is the loaded size plus one tensor. It comes back in `eval()`, as from transformers.
+
+    Args:
+        path: a Hugging Face directory (config.json with model.safetensors or its shards), or a GGUF file of an
+            architecture of the Llama kind. Pickled weights are refused, and nothing is downloaded.
+        bits: 4 turns every nn.Linear but the output head into an Int4Linear; None loads the model dense.
+        dtype: of what stays dense: embeddings, head, norms, biases.
+        block: elements of a row that share a scale, 64 or 32.
+        scale_dtype: float16 or float32, in which the scales are stored.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        CheckpointError: (a ValueError) the files are damaged, their tensors are not the model's (all missing,
+            superfluous and misshapen ones are listed), or a weight is not finite (its name and index are given).
+        ModuleNotFoundError: transformers or gguf is not installed.
+    """
+    if bits not in (4, None):
+        raise ValueError(f"bits must be 4, or None for a dense model, not {bits!r}")
+    if block not in BLOCKS or scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"block must be 64 or 32 and scale_dtype float16 or float32, not {block} and {scale_dtype}")
+    if bits == 4 and dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"4-bit layers compute in float32 or bfloat16, not {dtype}")
+    checkpoint = _open(Path(path))
+    if getattr(checkpoint.config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{path} is already quantized (quantization_config); load the model it was made from")
+
+    checkpoint.config.name_or_path = str(path)
+    model = _empty_model(checkpoint.config, dtype)
+    stored = checkpoint.tensors(model)
+    head = _head_weight(model)
+    if head is not None and head not in stored and not checkpoint.config.tie_word_embeddings:
+        # Writers leave a head out where it shares its storage with the embedding, whatever the configuration says.
+        checkpoint.config.tie_word_embeddings = True
+        model = _empty_model(checkpoint.config, dtype)
+    check_names_and_shapes(model, stored, checkpoint.path)
+    try:
+        fill(model, stored, int4={"block": block, "scale_dtype": scale_dtype} if bits == 4 else None)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    compute_buffers(model)
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = require("transformers").GenerationConfig.from_pretrained(checkpoint.path)
+    return model.eval()
+
+
+def _open(path: Path) -> Checkpoint:
+    if path.is_dir():
+        return SafetensorsDirectory(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return GgufFile(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: give a Hugging Face directory or a .gguf file (nothing is downloaded)"
+        )
+    raise CheckpointError(
+        f"{path} is neither a directory nor a .gguf file; of a safetensors checkpoint, give the directory"
+    )
+
+
+def _empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model that `config` describes, on the meta device: shapes and dtypes without memory."""
+    transformers = require("transformers")
+    named = (config.architectures or [None])[0]
+    if named is not None and not hasattr(transformers, named):
+        raise CheckpointError(f"config.json names the architecture {named!r}, which transformers does not have")
+    with torch.device("meta"):
+        if named is None:
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return getattr(transformers, named)._from_config(config, dtype=dtype)
+
+
+def _head_weight(model: Any) -> str | None:
+    head = model.get_output_embeddings()
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is head), None)

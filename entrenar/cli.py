@@ -1,0 +1,132 @@
+"""The program `entrenar`: each command parses its arguments, calls the library and prints."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from entrenar.checkpoint import load_pretrained, load_tokenizer
+from entrenar.lora.adapter import load_adapter
+from entrenar.lora.wrap import wrap
+from entrenar.malloc import keep_freed_memory
+from entrenar.training import (
+    FinetuneConfig,
+    Interrupted,
+    TrainingError,
+    encode,
+    finetune,
+    generate,
+    read_records,
+    split_heldout,
+)
+
+try:
+    import typer
+    from rich.console import Console
+
+    from entrenar.training.terminal import TerminalWatcher
+except ModuleNotFoundError as error:
+    sys.exit(f"entrenar: the command line needs the package {error.name!r}: pip install 'entrenar[cli]'")
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+DEFAULTS = FinetuneConfig()
+
+
+def main() -> None:
+    """Run the program; an error in what it was given is one line and exit status 1, Ctrl-C is status 130."""
+    keep_freed_memory()
+    try:
+        app()
+    except Interrupted as stop:
+        resume = [] if "--resume" in sys.argv else ["--resume"]
+        print(f"\n{stop}\nto go on: {shlex.join(['entrenar', *sys.argv[1:], *resume])}", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, ModuleNotFoundError, TrainingError) as error:
+        print(f"entrenar: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.callback()
+def _program() -> None:
+    """LoRA fine-tuning on 4-bit weights."""
+
+
+@app.command(name="finetune")
+def _finetune(
+    model: Annotated[Path, typer.Option(help="Hugging Face directory or GGUF file to start from.")],
+    data: Annotated[Path, typer.Option(help="Training data: .jsonl (messages, prompt and completion, or text) or .txt.")],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, metrics.jsonl, loss.png and report.json.")],
+    heldout: Annotated[Path | None, typer.Option(help="Held-out data; by default a part of the data.")] = None,
+    heldout_fraction: Annotated[float, typer.Option(help="That part, without --heldout.")] = 0.05,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    alpha: Annotated[float, typer.Option(help="Numerator of their scaling, alpha / rank.")] = 32,
+    dropout: Annotated[float, typer.Option(help="Dropout on the adapters' input.")] = 0.0,
+    max_length: Annotated[int, typer.Option(help="Tokens at which an example is cut.")] = 1024,
+    epochs: Annotated[int, typer.Option(help="Times to go through the data.")] = DEFAULTS.epochs,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples in a forward pass.")] = DEFAULTS.batch_size,
+    accumulation: Annotated[int, typer.Option(help="Forward passes in an optimizer step.")] = DEFAULTS.accumulation,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = DEFAULTS.lr,
+    warmup: Annotated[float, typer.Option(help="Share of the steps that climb to it.")] = DEFAULTS.warmup,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of the adapters.")] = DEFAULTS.weight_decay,
+    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradients.")] = DEFAULTS.clip_norm,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = DEFAULTS.seed,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = DEFAULTS.checkpoint_every,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
+) -> None:
+    """Train LoRA adapters on the 4-bit weights of a pretrained model."""
+    console = Console(soft_wrap=True)
+    config = FinetuneConfig(
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        lr=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+    )
+    # The data comes first: a mistake in it shows before minutes go into loading a large model.
+    tokenizer = load_tokenizer(model)
+    with TerminalWatcher(console) as watcher:
+        encoded = encode(read_records(data), tokenizer, max_length)
+        if heldout is None:
+            train, held = split_heldout(encoded.examples, heldout_fraction, seed)
+        else:
+            train, held = encoded.examples, encode(read_records(heldout), tokenizer, max_length).examples
+        watcher.say(f"{data}: {len(train)} examples to train on, {len(held)} held out")
+        if encoded.truncated:
+            watcher.say(f"{encoded.truncated} longer than {max_length} tokens: cut, {encoded.dropped} of them left out")
+        torch.manual_seed(seed)
+        network = load_pretrained(model, bits=4)
+        console.print(wrap(network, rank=rank, alpha=alpha, targets="all-linear", bits=4, dropout=dropout))
+        report = finetune(network, tokenizer, train, held, config, out, resume=resume, watcher=watcher)
+        _print_report(console, report, out)
+
+
+def _print_report(console: Console, report: dict[str, object], out: Path) -> None:
+    raise NotImplementedError
+
+
+@app.command(name="generate")
+def _generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Annotated[Path, typer.Option(help="Hugging Face directory or GGUF file.")],
+    adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter: entrenar's or PEFT's.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+) -> None:
+    """Answer a prompt, word by word, with a pretrained model in 4 bits and an adapter."""
+    tokenizer = load_tokenizer(model)
+    network = load_pretrained(model, bits=4)
+    if adapter is not None:
+        load_adapter(network, adapter)
+    generate(network, tokenizer, prompt, max_tokens, on_text=lambda text: print(text, end="", flush=True))
+    print()

@@ -1,0 +1,90 @@
+"""Adapters on disk: PEFT's two files for a model, one JSON file for a single layer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeAlias, overload
+
+from torch import Tensor, nn
+
+from entrenar.lora.adapter.layer_file import load_layer, save_layer
+from entrenar.lora.adapter.peft_load import load_peft
+from entrenar.lora.adapter.peft_save import save_peft
+from entrenar.lora.layers import LoRALayer
+
+__all__ = ["load_adapter", "save_adapter"]
+
+StrPath: TypeAlias = "str | os.PathLike[str]"
+
+
+def save_adapter(model: nn.Module, path: StrPath) -> None:
+    """Save what was trained: lora_A and lora_B of every LoRALayer, in float32.
+
+    Args:
+        model: a model with LoRALayers; or a single LoRALayer.
+        path: for a model, a directory, which gets PEFT's adapter_config.json and adapter_model.safetensors (other files
+            in it stay); for a single layer, a file that ends in .json.
+
+    The files are written beside `path` and renamed, so an adapter that was there before survives a full disk or a kill.
+
+    Raises ValueError for a model without LoRALayers, for a matrix with NaN or infinity (nothing is written), and for a
+    path that does not fit.
+    """
+    path = Path(os.path.abspath(path))
+    if isinstance(model, LoRALayer) != _is_layer_file(path):
+        kind, place = (
+            ("single layer", "a file that ends in .json") if isinstance(model, LoRALayer) else ("model", "a directory")
+        )
+        raise ValueError(f"{path}: the adapter of a {kind} is saved to {place}")
+    if isinstance(model, LoRALayer):
+        save_layer(model, path)
+    else:
+        save_peft(model, path)
+
+
+@overload
+def load_adapter(model: nn.Module, path: StrPath) -> nn.Module: ...
+
+
+@overload
+def load_adapter(model: Tensor, path: StrPath) -> LoRALayer: ...
+
+
+@overload
+def load_adapter(model: StrPath, path: nn.Module) -> nn.Module: ...
+
+
+@overload
+def load_adapter(model: StrPath, path: Tensor) -> LoRALayer: ...
+
+
+def load_adapter(model: nn.Module | Tensor | StrPath, path: nn.Module | Tensor | StrPath) -> nn.Module:
+    """Load an adapter that this package or PEFT saved; the two arguments go in either order.
+
+    From a directory, into a model, in place. A model that has LoRALayers gets its matrices filled, and they must be
+    those of the adapter, by name, shape and scaling. In any other model, exactly the adapter's layers become LoRALayers
+    over the nn.Linear or Int4Linear that is there, and all else is frozen. Returns the model.
+
+    From a .json file, onto a single layer: a weight [d_out, d_in], an nn.Linear or an Int4Linear. Returns a LoRALayer
+    over it. A LoRALayer is filled and returned.
+
+    Raises FileNotFoundError for a missing file; ValueError, before the model is touched, for a damaged file, an adapter
+    of another model, NaN or infinity, and for what this package does not compute (DoRA, trained biases,
+    modules_to_save and the like), named as adapter_config.json names it.
+    """
+    if isinstance(model, (nn.Module, Tensor)):
+        model, path = path, model
+    if isinstance(model, (nn.Module, Tensor)) or not isinstance(path, (nn.Module, Tensor)):
+        raise TypeError("load_adapter takes a path and a model (or, for a single layer, its base), in either order")
+    source, target = Path(os.path.abspath(model)), path
+    if _is_layer_file(source):
+        return load_layer(source, target)
+    if isinstance(target, (Tensor, LoRALayer)):
+        raise ValueError(f"{source}: a directory holds the adapter of a model; that of a single layer is a .json file")
+    load_peft(target, source)
+    return target
+
+
+def _is_layer_file(path: Path) -> bool:
+    return path.suffix == ".json"

@@ -1,0 +1,75 @@
+"""Files that replace their older version only when they are whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+Writer = Callable[[Path], None]
+
+
+def write_file(path: Path, write: Writer) -> None:
+    """Let `write` make a file beside `path`, and rename it to `path`; on failure `path` is as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.saving")
+    try:
+        write(beside)
+        _flush(beside)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_directory(directory: Path, writers: dict[str, Writer]) -> None:
+    """Write the named files into `directory` as one change; its other files stay.
+
+    All are written to a directory beside it first, in the order of `writers`. If `directory` is there already, they
+    are then renamed into it in the same order: from the first rename on the change is decided, and a process killed
+    halfway leaves the rest beside, for `finish_writing`.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file; an adapter is saved to a directory")
+    names = list(writers)
+    finish_writing(directory, names)
+    beside = _beside(directory)
+    beside.mkdir(parents=True)
+    try:
+        for name, write in writers.items():
+            write(beside / name)
+            _flush(beside / name)
+    except BaseException:
+        shutil.rmtree(beside)
+        raise
+    if directory.exists():
+        _move(beside, directory, names)
+    else:
+        os.rename(beside, directory)
+
+
+def finish_writing(directory: Path, names: list[str]) -> None:
+    """Complete a `write_directory` that was killed between its renames, and clear away one that was killed before."""
+    beside = _beside(directory)
+    if not beside.exists():
+        return
+    if not (beside / names[0]).exists():
+        _move(beside, directory, [name for name in names if (beside / name).exists()])
+    else:
+        shutil.rmtree(beside)
+
+
+def _beside(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.saving")
+
+
+def _move(beside: Path, directory: Path, names: list[str]) -> None:
+    for name in names:
+        os.replace(beside / name, directory / name)
+    beside.rmdir()
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,185 @@
+"""The layers: a frozen 4-bit linear, and LoRA beside any frozen linear."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from entrenar.autograd.ops._autocast import autocast
+from entrenar.autograd.ops.int4 import check_packed, int4_dequantize, int4_quantize
+from entrenar.autograd.ops.int4_linear import int4_linear
+from entrenar.autograd.ops.int4_lora_linear import int4_lora_linear
+
+
+class Int4Linear(nn.Module):
+    """A frozen linear layer y = x Wᵀ + b whose weight is kept in int4.
+
+    Codes and scales are bytes in frozen uint8 parameters, so no `.to(dtype)`, autocast or optimizer can change them.
+
+    Args:
+        codes: uint8 [out_features, 16 * ceil(in_features / 32)].
+        scales: uint8 [out_features, ceil(in_features / block) * 2 or 4].
+        bias: [out_features] or None.
+        in_features: columns of the weight.
+        block: elements that share a scale, 64 or 32.
+    """
+
+    def __init__(
+        self, codes: Tensor, scales: Tensor, bias: Tensor | None = None, *, in_features: int, block: int = 64
+    ) -> None:
+        super().__init__()
+        check_packed(codes, scales, in_features, block)
+        self.in_features = in_features
+        self.out_features = codes.shape[0]
+        self.block = block
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        block: int = 64,
+        scale_dtype: torch.dtype = torch.float16,
+        name: str = "weight",
+    ) -> Int4Linear:
+        """Quantize a weight [out_features, in_features]; `name` is what an error message calls it."""
+        codes, scales = int4_quantize(weight, block=block, scale_dtype=scale_dtype, name=name)
+        return cls(codes, scales, bias, in_features=weight.shape[1], block=block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in_features], float32 or bfloat16, to [..., out_features] of the same dtype."""
+        return int4_linear(x, self.codes, self.scales, self.bias, block=self.block)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out_features, in_features] that the codes stand for."""
+        return int4_dequantize(self.codes, self.scales, self.in_features, block=self.block, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        """What print(module) shows."""
+        bits = 8 * (self.codes.numel() + self.scales.numel()) / (self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block={self.block}, bits_per_weight={bits:.3g}"
+        )
+
+
+class LoRALayer(nn.Module):
+    """A frozen linear layer with a trainable low-rank adapter: y = base(x) + (alpha / rank) (x Aᵀ) Bᵀ.
+
+    A starts Kaiming-uniform as in PEFT, drawn from torch's generator, and B at zero, so the first output is the base's.
+    Both are float32 parameters; they are used in x's dtype.
+
+    Args:
+        base: the frozen layer, an nn.Linear, an Int4Linear or any module with in_features and out_features; or a weight
+            of d_out * d_in elements.
+        d_out, d_in: the weight's sizes; needed only if it is not given as a matrix, and checked if given.
+        rank: columns of B and rows of A.
+        alpha: numerator of the scaling.
+        dropout: probability with which an element of x is dropped on its way to A, in training only.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module | Tensor,
+        d_out: int | None = None,
+        d_in: int | None = None,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if isinstance(base, Tensor):
+            base = _linear_of(_as_matrix(base, d_out, d_in))
+        if not (hasattr(base, "in_features") and hasattr(base, "out_features")):
+            raise ValueError(f"{type(base).__name__} has no in_features and out_features: LoRA goes beside a linear layer")
+        if (d_out or base.out_features, d_in or base.in_features) != (base.out_features, base.in_features):
+            raise ValueError(
+                f"the base maps {base.in_features} to {base.out_features} features, not d_in={d_in} to d_out={d_out}"
+            )
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, not {rank}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), not {dropout}")
+        self.base = base.requires_grad_(False)
+        self.in_features: int = base.in_features
+        self.out_features: int = base.out_features
+        self.rank = rank
+        self.alpha = alpha
+        self.scaling = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        device = next(base.parameters()).device
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in_features] to [..., out_features] of the same dtype."""
+        base = self.base
+        drops = self.training and self.dropout.p > 0
+        if isinstance(base, Int4Linear) and not drops:
+            return int4_lora_linear(
+                x, base.codes, base.scales, base.bias, self.lora_A, self.lora_B, self.scaling, block=base.block
+            )
+        y = base(x)
+        x = self.dropout(autocast(x))
+        u = F.linear(x, self.lora_A.to(x.dtype))
+        return y + self.scaling * F.linear(u, self.lora_B.to(x.dtype))
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The adapter's parameters, [lora_A, lora_B]."""
+        return [self.lora_A, self.lora_B]
+
+    def extra_repr(self) -> str:
+        """What print(module) shows."""
+        return f"rank={self.rank}, alpha={self.alpha:g}"
+
+
+class QLoRALayer(LoRALayer):
+    """LoRALayer over a base in int4: an nn.Linear or a weight is quantized first, an Int4Linear is used as it is.
+
+    Takes LoRALayer's arguments, and `block` and `scale_dtype` of `int4_quantize`.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module | Tensor,
+        d_out: int | None = None,
+        d_in: int | None = None,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        block: int = 64,
+        scale_dtype: torch.dtype = torch.float16,
+    ) -> None:
+        if isinstance(base, Tensor):
+            base = Int4Linear.from_weight(_as_matrix(base, d_out, d_in), block=block, scale_dtype=scale_dtype)
+        elif isinstance(base, nn.Linear):
+            base = Int4Linear.from_weight(base.weight, base.bias, block=block, scale_dtype=scale_dtype)
+        elif not isinstance(base, Int4Linear):
+            raise ValueError(f"{type(base).__name__} cannot be quantized: give an nn.Linear, an Int4Linear or a weight")
+        super().__init__(base, d_out, d_in, rank=rank, alpha=alpha, dropout=dropout)
+
+
+def _as_matrix(weight: Tensor, d_out: int | None, d_in: int | None) -> Tensor:
+    if d_out is None or d_in is None:
+        if weight.dim() != 2:
+            raise ValueError(f"a weight of shape {tuple(weight.shape)} needs d_out and d_in")
+        return weight.detach()
+    if weight.numel() != d_out * d_in or (weight.dim() == 2 and weight.shape != (d_out, d_in)):
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} is not d_out x d_in = {d_out} x {d_in}")
+    return weight.detach().reshape(d_out, d_in)
+
+
+def _linear_of(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
+    return linear

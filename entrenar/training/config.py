@@ -1,0 +1,40 @@
+"""How to train: the settings of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to train.
+
+    `epochs` over the data, unless `max_steps` optimizer steps are given; a step takes `accumulation` batches of
+    `batch_size` examples and divides by the labelled tokens of all of them. The learning rate climbs to `lr` over the
+    first `warmup` (a share of the steps) and falls to a tenth of it along a cosine. `clip_norm` bounds the gradients'
+    global norm, `checkpoint_every` counts steps, and `seed` decides the order of the data and the dropout.
+    """
+
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 8
+    accumulation: int = 1
+    lr: float = 1e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    seed: int = 0
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        """Check the numbers; raises ValueError naming the one that makes no sense."""
+        for name in ("epochs", "batch_size", "accumulation", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, not {self.max_steps}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be a positive number, not {self.lr}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the steps, at least 0 and below 1, not {self.warmup}")

@@ -1,0 +1,239 @@
+"""The training loop: from a wrapped model and encoded examples to a trained adapter and its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from entrenar.lora.adapter import save_adapter
+from entrenar.lora.layers import LoRALayer
+from entrenar.optim.adamw import AdamW
+from entrenar.optim.clip import clip_grad_norm
+from entrenar.optim.schedulers import CosineScheduler
+from entrenar.training.batches import Example, collate
+from entrenar.training.config import FinetuneConfig
+from entrenar.training.evaluate import heldout_loss, sample_answers
+from entrenar.training.interrupt import Interrupted, stop_between_steps
+from entrenar.training.loss import causal_lm_loss
+from entrenar.training.metrics import (
+    MetricsLog,
+    StepMetrics,
+    peak_memory_bytes,
+    plot_losses,
+    versions,
+    write_report,
+)
+from entrenar.training.plan import Plan
+from entrenar.training.resume import (
+    ResumeError,
+    RunState,
+    fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+    trainable_parameters,
+)
+from entrenar.training.watcher import Nobody, Watcher
+
+CHECKPOINT = "checkpoint.safetensors"
+REPORT = "report.json"
+
+
+class TrainingError(RuntimeError):
+    """Training went wrong in a way that going on would not mend; the message says at which step and what to do."""
+
+
+def finetune(
+    model: nn.Module,
+    tokenizer: Any,
+    train: Sequence[Example],
+    heldout: Sequence[Example],
+    config: FinetuneConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+) -> dict[str, Any]:
+    """Train the adapters of a wrapped model on `train`, and return the report that is also written.
+
+    The folder `out` gets `adapter/` (PEFT's two files), `metrics.jsonl`, `loss.png` and `report.json`; while training,
+    also `checkpoint.safetensors`, from which a run that was interrupted or killed goes on with `resume=True` to
+    bit-identical adapters. Ctrl-C finishes the step, saves a checkpoint and raises Interrupted. The held-out loss is
+    measured before, after every epoch and at the end. torch's random generators are seeded with `config.seed`.
+
+    Raises ResumeError if `out` holds a run and `resume` is false, or if it holds none, a finished or a different one
+    and `resume` is true; TrainingError for a non-finite loss or gradient, and for adapters that get no gradient at
+    the first step; ValueError for a model without adapters or without data; OSError where files cannot be written.
+    """
+    out, watcher = Path(out), watcher or Nobody()
+    parameters = _check(model, train, heldout)
+    _check_folder(out, resume)
+    out.mkdir(parents=True, exist_ok=True)
+    device = next(iter(parameters.values())).device
+    torch.manual_seed(config.seed)
+    optimizer = AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+    plan = Plan(train, config)
+    schedule = CosineScheduler(config.lr, config.lr / 10, plan.total_steps, int(config.warmup * plan.total_steps))
+    identity = fingerprint(model, train, heldout, asdict(config))
+
+    if resume:
+        state = load_checkpoint(out / CHECKPOINT, model, optimizer, identity)
+        watcher.say(f"resuming after step {state.step} of {plan.total_steps}")
+    else:
+        state = RunState()
+        state.heldout_losses[0] = heldout_loss(model, heldout, config.batch_size)
+        watcher.say(f"held-out loss before: {state.heldout_losses[0]:.4f} ({len(heldout)} examples)")
+        state.samples_before = sample_answers(model, tokenizer, heldout)
+
+    model.train()
+    with MetricsLog(out / "metrics.jsonl", last_step=state.step) as log, stop_between_steps() as stopping:
+        for step in range(state.step + 1, plan.total_steps + 1):
+            lr = schedule.get_lr(step - 1)
+            batches = [[train[index] for index in batch] for batch in plan.batches(step)]
+            start = time.perf_counter()
+            loss, grad_norm = _train_step(model, optimizer, parameters, batches, config.clip_norm, lr, step)
+            row = StepMetrics(
+                step=step,
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                tokens=sum(len(example.input_ids) for batch in batches for example in batch),
+                seconds=time.perf_counter() - start,
+                peak_memory_bytes=max(state.peak_memory_bytes, peak_memory_bytes(device)),
+                heldout_loss=heldout_loss(model, heldout, config.batch_size) if plan.is_milestone(step) else None,
+            )
+            _count(state, row)
+            log.write(row)
+            watcher.step(row, plan.total_steps)
+            last = step == plan.total_steps
+            if last or stopping() or step % config.checkpoint_every == 0:
+                save_checkpoint(out / CHECKPOINT, model, optimizer, state, identity)
+            if stopping() and not last:
+                raise Interrupted(f"stopped after step {step} of {plan.total_steps}; the run is saved in {out}")
+    model.eval()
+
+    report = _report(model, state, config, train, heldout, sample_answers(model, tokenizer, heldout))
+    save_adapter(model, out / "adapter")
+    plot_losses(out / "loss.png", log.rows, state.heldout_losses)
+    write_report(out / REPORT, report)
+    (out / CHECKPOINT).unlink()
+    return report
+
+
+def _check(model: nn.Module, train: Sequence[Example], heldout: Sequence[Example]) -> dict[str, nn.Parameter]:
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError(
+            "fine-tuning draws its loss with matplotlib; install it with: pip install entrenar[cli]"
+        )
+    if not train or not heldout:
+        raise ValueError(
+            f"there are {len(train)} examples to train on and {len(heldout)} held out; both need at least one"
+        )
+    parameters = trainable_parameters(model)
+    if not parameters:
+        raise ValueError("nothing in this model trains; wrap it first: entrenar.wrap(model)")
+    return parameters
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    if (out / REPORT).exists():
+        raise ResumeError(f"the run in {out} is finished; choose another folder, or delete this one to start over")
+    if not resume and (out / CHECKPOINT).exists():
+        raise ResumeError(f"{out} holds an unfinished run; resume it, or delete the folder to start over")
+
+
+def _train_step(
+    model: nn.Module,
+    optimizer: AdamW,
+    parameters: dict[str, nn.Parameter],
+    batches: Sequence[Sequence[Example]],
+    clip_norm: float,
+    lr: float,
+    step: int,
+) -> tuple[float, float]:
+    """Do one optimizer step on the batches together; return their loss and the gradients' norm before clipping."""
+    device = next(iter(parameters.values())).device
+    targets = sum(example.targets for batch in batches for example in batch)
+    total = torch.zeros((), device=device)
+    for batch in batches:
+        input_ids, labels = (x.to(device) for x in collate(batch))
+        share = sum(example.targets for example in batch) / targets
+        loss = causal_lm_loss(model, input_ids, labels) * share
+        loss.backward()
+        total += loss.detach()
+    if not total.isfinite():
+        raise TrainingError(_diverged(f"the loss is {total.item()}", lr, step))
+    if step == 1:
+        _check_every_adapter_learns(model)
+    try:
+        grad_norm = clip_grad_norm(parameters.values(), clip_norm)
+    except RuntimeError as error:
+        raise TrainingError(_diverged(str(error), lr, step)) from error
+    optimizer.set_lr(lr)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total.item(), grad_norm.item()
+
+
+def _diverged(what: str, lr: float, step: int) -> str:
+    return f"step {step}: {what}, at a learning rate of {lr:.2g}; start over with a lower one, or look at the data"
+
+
+def _check_every_adapter_learns(model: nn.Module) -> None:
+    """At the first step B is zero, so A has no gradient yet, but B must: one without is cut off from the loss."""
+    idle = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoRALayer) and (layer.lora_B.grad is None or not layer.lora_B.grad.any())
+    ]
+    if idle:
+        shown = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
+        raise TrainingError(
+            f"these adapters got no gradient at the first step and would never learn: {shown}; leave them out of the "
+            "targets, or look for what detaches them from the loss"
+        )
+
+
+def _count(state: RunState, row: StepMetrics) -> None:
+    state.step = row.step
+    state.tokens += row.tokens
+    state.seconds += row.seconds
+    state.peak_memory_bytes = row.peak_memory_bytes
+    if row.heldout_loss is not None:
+        state.heldout_losses[row.step] = row.heldout_loss
+
+
+def _report(
+    model: nn.Module,
+    state: RunState,
+    config: FinetuneConfig,
+    train: Sequence[Example],
+    heldout: Sequence[Example],
+    samples_after: Sequence[dict[str, str]],
+) -> dict[str, Any]:
+    samples = [
+        {"prompt": before["prompt"], "wanted": before["wanted"], "before": before["answer"], "after": after["answer"]}
+        for before, after in zip(state.samples_before, samples_after, strict=True)
+    ]
+    return {
+        "heldout_loss_before": state.heldout_losses[0],
+        "heldout_loss_after": state.heldout_losses[state.step],
+        "tokens_per_second": state.tokens / state.seconds,
+        "training_seconds": state.seconds,
+        "peak_memory_bytes": state.peak_memory_bytes,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "trainable_parameters": sum(p.numel() for p in trainable_parameters(model).values()),
+        "train_examples": len(train),
+        "heldout_examples": len(heldout),
+        "seed": config.seed,
+        "config": asdict(config),
+        "versions": versions(),
+        "samples": samples,
+    }
