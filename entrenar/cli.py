@@ -28,7 +28,7 @@ try:
     import typer
     from rich.console import Console
 
-    from entrenar.training.terminal import TerminalWatcher
+    from entrenar.training.terminal import TerminalWatcher, describe_report
 except ModuleNotFoundError as error:
     sys.exit(f"entrenar: the command line needs the package {error.name!r}: pip install 'entrenar[cli]'")
 
@@ -81,7 +81,6 @@ def _finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
 ) -> None:
     """Train LoRA adapters on the 4-bit weights of a pretrained model."""
-    console = Console(soft_wrap=True)
     config = FinetuneConfig(
         epochs=epochs,
         max_steps=max_steps,
@@ -96,7 +95,7 @@ def _finetune(
     )
     # The data comes first: a mistake in it shows before minutes go into loading a large model.
     tokenizer = load_tokenizer(model)
-    with TerminalWatcher(console) as watcher:
+    with TerminalWatcher(Console(soft_wrap=True)) as watcher:
         encoded = encode(read_records(data), tokenizer, max_length)
         if heldout is None:
             train, held = split_heldout(encoded.examples, heldout_fraction, seed)
@@ -107,13 +106,9 @@ def _finetune(
             watcher.say(f"{encoded.truncated} longer than {max_length} tokens: cut, {encoded.dropped} of them left out")
         torch.manual_seed(seed)
         network = load_pretrained(model, bits=4)
-        console.print(wrap(network, rank=rank, alpha=alpha, targets="all-linear", bits=4, dropout=dropout))
+        watcher.say(str(wrap(network, rank=rank, alpha=alpha, targets="all-linear", bits=4, dropout=dropout)))
         report = finetune(network, tokenizer, train, held, config, out, resume=resume, watcher=watcher)
-        _print_report(console, report, out)
-
-
-def _print_report(console: Console, report: dict[str, object], out: Path) -> None:
-    raise NotImplementedError
+    print(describe_report(report, out))
 
 
 @app.command(name="generate")

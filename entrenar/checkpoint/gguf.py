@@ -55,16 +55,18 @@ class GgufFile:
             conversion.Gemma2TensorProcessor,
             conversion.NemotronTensorProcessor,
         )
-        if kind not in one_to_one:
+        architecture = {name: key for key, name in require("gguf").MODEL_ARCH_NAMES.items()}.get(self._architecture)
+        if kind not in one_to_one or architecture is None:
             raise CheckpointError(
                 f"{self.path}: GGUF files of architecture {self._architecture!r} are not read; "
                 "use the model's safetensors checkpoint"
             )
         processor = kind(config=self.config.to_dict())
-        try:
-            named = conversion.get_gguf_hf_weights_map(model, processor)
-        except NotImplementedError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
+        names = require("gguf").get_tensor_name_map(architecture, self.config.num_hidden_layers)
+        named = {}
+        for name in model.state_dict():
+            layer, _, leaf = name.rpartition(".")
+            named[f"{names.get_name(layer)}.{leaf}"] = name
         return {
             named.get(name, name): StoredTensor(shape, partial(self._read, name, processor))
             for name, (_, shape, _, _) in self._entries.items()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from textwrap import indent
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -67,3 +70,19 @@ def progress_line(row: StepMetrics, total_steps: int, seconds_per_step: float) -
     if row.heldout_loss is not None:
         parts.append(f"held-out loss {row.heldout_loss:.3f}")
     return "  ".join(parts)
+
+
+def describe_report(report: dict[str, Any], out: Path) -> str:
+    """Return what a finished run came to, with its sample answers, as text."""
+    before, after = report["heldout_loss_before"], report["heldout_loss_after"]
+    lines = []
+    for sample in report["samples"]:
+        lines += ["", indent(sample["prompt"].strip(), "  | ")]
+        lines += [f"  {key}: {sample[key]}" for key in ("wanted", "before", "after")]
+    lines += [
+        "",
+        f"held-out loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%}) after {report['steps']} steps, "
+        f"{report['tokens_per_second']:.0f} tokens/s, peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB",
+        f"adapter: {out / 'adapter'}   also in {out}: loss.png, metrics.jsonl, report.json",
+    ]
+    return "\n".join(lines)

@@ -32,7 +32,7 @@ inline void encode_group(const float* group, float s, uint8_t* codes) {
       q = q < (float)-int4::kMaxCode ? broadcast(-int4::kMaxCode) : q;
       nibbles[half] = (bits_of(q + magic) + int4::kZeroNibble) & 15;
     }
-    store(codes + j, __builtin_convertvector(nibbles[0] | nibbles[1] << 4, vbyte));
+    store(codes + j, to_bytes(nibbles[0] | nibbles[1] << 4));
   }
 }
 
@@ -86,7 +86,7 @@ inline const uint8_t* group_of(const Weight& w, int64_t row, int64_t column) {
 
 // The codes q of `kLanes` bytes at `codes`: of their low nibbles, and of their high ones.
 inline void decode_codes(const uint8_t* codes, vfloat& low, vfloat& high) {
-  const vint bytes = __builtin_convertvector(load<vbyte>(codes), vint);
+  const vint bytes = (vint)widen(load<vbyte>(codes));
   low = __builtin_convertvector((bytes & 15) - int4::kZeroNibble, vfloat);
   high = __builtin_convertvector((bytes >> 4) - int4::kZeroNibble, vfloat);
 }
@@ -111,8 +111,8 @@ inline void decode_group(const Weight& w, int64_t row, int64_t column, uint16_t*
   for (int j = 0; j < int4::kGroupBytes; j += kLanes) {
     vfloat low, high;
     decode_codes(codes + j, low, high);
-    store(out + j, __builtin_convertvector(bfloat16_bits(low * s), vhalfword));
-    store(out + int4::kGroupBytes + j, __builtin_convertvector(bfloat16_bits(high * s), vhalfword));
+    store(out + j, to_halfwords(bfloat16_bits(low * s)));
+    store(out + int4::kGroupBytes + j, to_halfwords(bfloat16_bits(high * s)));
   }
 }
 

@@ -5,7 +5,7 @@
 
 #include "../../int4.h"
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -37,6 +37,32 @@ inline void store(T* to, V value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
+// Conversions between widths, which gcc's __builtin_convertvector takes apart into single elements.
+#if defined(__AVX512F__)
+inline vuint widen(vbyte value) { return (vuint)_mm512_cvtepu8_epi32((__m128i)value); }
+inline vuint widen(vhalfword value) { return (vuint)_mm512_cvtepu16_epi32((__m256i)value); }
+inline vhalfword to_halfwords(vuint value) { return (vhalfword)_mm512_cvtepi32_epi16((__m512i)value); }
+inline vbyte to_bytes(vuint value) { return (vbyte)_mm512_cvtepi32_epi8((__m512i)value); }
+#elif defined(__AVX2__)
+inline vuint widen(vbyte value) {
+  return (vuint)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)value));
+}
+inline vuint widen(vhalfword value) { return (vuint)_mm256_cvtepu16_epi32((__m128i)value); }
+inline vhalfword to_halfwords(vuint value) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)value, (__m256i)value);
+  return (vhalfword)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x88));
+}
+inline vbyte to_bytes(vuint value) {
+  const __m128i halfwords = (__m128i)to_halfwords(value);
+  return (vbyte)_mm_cvtsi128_si64(_mm_packus_epi16(halfwords, halfwords));
+}
+#else
+inline vuint widen(vbyte value) { return __builtin_convertvector(value, vuint); }
+inline vuint widen(vhalfword value) { return __builtin_convertvector(value, vuint); }
+inline vhalfword to_halfwords(vuint value) { return __builtin_convertvector(value, vhalfword); }
+inline vbyte to_bytes(vuint value) { return __builtin_convertvector(value, vbyte); }
+#endif
+
 inline vuint bits_of(vfloat value) { return (vuint)value; }
 
 inline vfloat broadcast(float value) { return value - (vfloat){}; }
@@ -50,13 +76,13 @@ inline vuint bfloat16_bits(vfloat value) {
 inline vfloat round_to_bfloat16(vfloat value) { return (vfloat)(bfloat16_bits(value) << 16); }
 
 inline vfloat load_bfloat16(const uint16_t* from) {
-  return (vfloat)(__builtin_convertvector(load<vhalfword>(from), vuint) << 16);
+  return (vfloat)(widen(load<vhalfword>(from)) << 16);
 }
 
 inline void store_bfloat16(uint16_t* to, vfloat value) {
   const vuint bits = bits_of(value), rounded = bfloat16_bits(value);
   const vuint nan = (bits >> 16) | 0x40;  // rounding could carry a NaN into infinity
-  store(to, __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, vhalfword));
+  store(to, to_halfwords((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded));
 }
 
 inline float sum(vfloat value) {

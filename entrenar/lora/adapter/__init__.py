@@ -32,14 +32,13 @@ def save_adapter(model: nn.Module, path: StrPath) -> None:
     path that does not fit.
     """
     path = Path(os.path.abspath(path))
-    if isinstance(model, LoRALayer) != _is_layer_file(path):
-        kind, place = (
-            ("single layer", "a file that ends in .json") if isinstance(model, LoRALayer) else ("model", "a directory")
-        )
-        raise ValueError(f"{path}: the adapter of a {kind} is saved to {place}")
     if isinstance(model, LoRALayer):
+        if not _is_layer_file(path):
+            raise ValueError(f"{path}: the adapter of a single layer is saved to a file that ends in .json")
         save_layer(model, path)
     else:
+        if _is_layer_file(path):
+            raise ValueError(f"{path}: the adapter of a model is saved to a directory, and .json is for a single layer")
         save_peft(model, path)
 
 

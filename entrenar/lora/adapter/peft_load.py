@@ -74,9 +74,10 @@ def load_peft(model: nn.Module, directory: Path) -> None:
 
 def _check_fill(layers: dict[str, LoRALayer], adapters: dict[str, LayerAdapter], directory: Path) -> None:
     if layers.keys() != adapters.keys():
+        missing, superfluous = layers.keys() - adapters.keys(), adapters.keys() - layers.keys()
         raise ValueError(
             f"{directory} does not hold the adapter of this model: "
-            f"missing are {_some(layers.keys() - adapters.keys())}, superfluous {_some(adapters.keys() - layers.keys())}"
+            f"missing are {_some(missing)}; superfluous are {_some(superfluous)}"
         )
     for name, layer in layers.items():
         adapter = adapters[name]
@@ -89,7 +90,7 @@ def _check_fill(layers: dict[str, LoRALayer], adapters: dict[str, LayerAdapter],
 
 
 def _check_wrap(model: nn.Module, adapters: dict[str, LayerAdapter], config: dict[str, Any], directory: Path) -> None:
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     if unknown := adapters.keys() - modules.keys():
         raise ValueError(
             f"{directory} does not hold an adapter of this {type(model).__name__}, which has no {_some(unknown)}; "
@@ -113,7 +114,7 @@ def _check_shapes(name: str, adapter: LayerAdapter, d_in: int, d_out: int, direc
 def _wrap(model: nn.Module, name: str, adapter: LayerAdapter, config: dict[str, Any]) -> LoRALayer:
     parent, _, child = name.rpartition(".")
     base = model.get_submodule(name)
-    layer = LoRALayer(base, rank=adapter.rank, alpha=adapter.alpha, dropout=config.get("lora_dropout") or 0.0)
+    layer = LoRALayer(base, rank=adapter.rank, alpha=adapter.alpha, dropout=config["lora_dropout"])
     setattr(model.get_submodule(parent), child, layer.train(base.training))
     return layer
 
@@ -134,6 +135,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if refused:
         settings = ", ".join(f"{name}={config[name]!r}" for name in sorted(refused))
         raise ValueError(f"{path} asks for what this package does not compute: {settings}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.setdefault(name, {}), dict):
+            raise ValueError(f"{path}: {name} must map patterns to values, and is {config[name]!r}")
+    dropout = config.setdefault("lora_dropout", 0.0)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(f"{path}: lora_dropout must be a number in [0, 1), and is {dropout!r}")
     return config
 
 
@@ -152,11 +159,10 @@ def _read_adapters(directory: Path, config: dict[str, Any]) -> dict[str, LayerAd
             raise ValueError(
                 f"{path}: {key} is not the lora_A or lora_B of a linear layer, all that this package loads"
             )
-        if not tensor.is_floating_point() or tensor.dim() != 2 or not tensor.isfinite().all():
-            raise ValueError(
-                f"{path}: {key} must be a matrix of finite floating-point values, and is {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)}{' with NaN or infinity' if tensor.is_floating_point() else ''}"
-            )
+        if not tensor.is_floating_point() or tensor.dim() != 2:
+            raise ValueError(f"{path}: {key} is {tensor.dtype} of shape {tuple(tensor.shape)}, not a real matrix")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {key} has NaN or infinite values; take an earlier copy of the adapter")
         matrices.setdefault(match[1], {})[match[2]] = tensor
     if not matrices:
         raise ValueError(f"{path} holds no tensors")
@@ -166,7 +172,10 @@ def _read_adapters(directory: Path, config: dict[str, Any]) -> dict[str, LayerAd
 def _adapter(name: str, pair: dict[str, Tensor], config: dict[str, Any], path: Path) -> LayerAdapter:
     if pair.keys() != {"A", "B"}:
         raise ValueError(f"{path}: {name} has only lora_{next(iter(pair))}; a LoRA layer has lora_A and lora_B")
-    rank, alpha = _setting(config, "rank_pattern", "r", name), _setting(config, "alpha_pattern", "lora_alpha", name)
+    try:
+        rank, alpha = _setting(config, "rank_pattern", "r", name), _setting(config, "alpha_pattern", "lora_alpha", name)
+    except re.error as error:
+        raise ValueError(f"{path.with_name(CONFIG)}: {error.pattern!r} is no regular expression: {error}") from error
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise ValueError(f"{path.with_name(CONFIG)}: {name} has rank {rank!r} and lora_alpha {alpha!r}")
     if not pair["A"].shape[0] == pair["B"].shape[1] == rank:
@@ -180,8 +189,8 @@ def _adapter(name: str, pair: dict[str, Tensor], config: dict[str, Any], path: P
 
 def _setting(config: dict[str, Any], pattern: str, default: str, name: str) -> Any:
     """The setting of one layer: that of the first pattern that matches an ending of its name, or else the default."""
-    patterns = config.get(pattern) or {}
-    return next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", name)), config.get(default))
+    matching = (value for key, value in config[pattern].items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(matching, config.get(default))
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,0 +1,149 @@
+"""Saving never loses what was there: every failing write, and a kill at every step."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from entrenar.lora.adapter import files, load_adapter, save_adapter
+from entrenar.lora.layers import LoRALayer
+
+
+def adapted(seed: int, width: int = 256) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [LoRALayer(nn.Linear(width, width, bias=False), rank=8, alpha=16) for _ in range(2)]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+    return nn.Sequential(*layers)
+
+
+def same_adapter(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x.lora_A, y.lora_A) and torch.equal(x.lora_B, y.lora_B) for x, y in zip(a, b, strict=True))
+
+
+@contextlib.contextmanager
+def disk_full_after(size: int):
+    """Writes beyond `size` bytes of a file fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_model_adapter_survives_a_full_disk(tmp_path):
+    old, new, read = adapted(0), adapted(1), adapted(2)
+    save_adapter(old, tmp_path / "adapter")
+    with disk_full_after(4096), pytest.raises(Exception, match=r"(?i)too large|write"):
+        save_adapter(new, tmp_path / "adapter")
+    assert names(tmp_path) == ["adapter"]
+    assert same_adapter(load_adapter(read, tmp_path / "adapter"), old)
+    with disk_full_after(4096), pytest.raises(Exception, match=r"(?i)too large|write"):
+        save_adapter(new, tmp_path / "first")
+    assert names(tmp_path) == ["adapter"]
+
+
+def test_layer_file_survives_a_full_disk(tmp_path):
+    old, new = adapted(0)[0], adapted(1)[0]
+    save_adapter(old, tmp_path / "adapter.json")
+    before = (tmp_path / "adapter.json").read_bytes()
+    with disk_full_after(4096), pytest.raises(OSError, match="too large"):
+        save_adapter(new, tmp_path / "adapter.json")
+    assert names(tmp_path) == ["adapter.json"]
+    assert (tmp_path / "adapter.json").read_bytes() == before
+
+
+def test_other_files_in_the_directory_stay(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "README.md").write_text("mine")
+    save_adapter(adapted(0), tmp_path / "adapter")
+    assert names(tmp_path / "adapter") == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert (tmp_path / "adapter" / "README.md").read_text() == "mine"
+    assert names(tmp_path) == ["adapter"]
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "adapter").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        save_adapter(adapted(0), tmp_path / "adapter")
+    assert (tmp_path / "adapter").read_text() == "mine"
+
+
+# Saves over an older pair of files, and dies at the n-th operation on the file system.
+KILLED = """
+import importlib.util, os, sys
+source, directory, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+spec = importlib.util.spec_from_file_location("files", source)
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+from pathlib import Path
+
+def hook(event, args):
+    global n
+    if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove") and "adapter" in str(args[0]):
+        n -= 1
+        if n < 0:
+            os._exit(9)
+
+write = lambda path: path.write_text("new")
+sys.addaudithook(hook)
+files.write_directory(Path(directory), {"weights": write, "config": write})
+"""
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_killed_anywhere_it_is_the_old_adapter_or_the_new_one(tmp_path, exists):
+    outcomes = []
+    for n in range(100):
+        directory = tmp_path / str(n) / "adapter"
+        directory.parent.mkdir()
+        if exists:
+            directory.mkdir()
+            (directory / "weights").write_text("old")
+            (directory / "config").write_text("old")
+        result = subprocess.run([sys.executable, "-c", KILLED, files.__file__, directory, str(n)], check=False)
+        files.finish_writing(directory, ["weights", "config"])
+        assert names(directory.parent) in (["adapter"], [])
+        if directory.exists():
+            weights, config = (directory / "weights").read_text(), (directory / "config").read_text()
+            assert weights == config
+            outcomes.append(weights)
+        else:
+            outcomes.append(None)
+        if result.returncode == 0:
+            break
+        assert result.returncode == 9
+    assert n > 5
+    first = "old" if exists else None
+    decided = outcomes.index("new")
+    assert outcomes == [first] * decided + ["new"] * (len(outcomes) - decided)
+
+
+def test_a_save_finishes_the_one_that_was_killed(tmp_path):
+    """Killed between the two renames, then a second save fails: the first one's pair must be whole."""
+    directory, beside = tmp_path / "adapter", tmp_path / ".adapter.saving"
+    directory.mkdir()
+    beside.mkdir()
+    (directory / "weights").write_text("new")
+    (directory / "config").write_text("old")
+    (beside / "config").write_text("new")
+
+    def fail(path: Path) -> None:
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        files.write_directory(directory, {"weights": fail, "config": fail})
+    assert (directory / "config").read_text() == "new"
+    assert names(tmp_path) == ["adapter"]
