@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entrenar.checkpoint.errors import CheckpointError
+from entrenar.checkpoint.errors import DAMAGE, CheckpointError
 from entrenar.checkpoint.extra import require
 from entrenar.checkpoint.stored import StoredTensor, read_bytes
 
-# What the parsers raise on damaged bytes, which they take for lengths, types and names.
-DAMAGE = (ValueError, KeyError, IndexError, OverflowError, TypeError, AttributeError, MemoryError, OSError)
 ROPE_FACTORS = "rope_freqs.weight"
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from entrenar.checkpoint.errors import CheckpointError
+from entrenar.checkpoint.errors import DAMAGE, CheckpointError
 from entrenar.checkpoint.extra import require
 from entrenar.checkpoint.stored import StoredTensor, read_bytes
 
@@ -41,7 +41,7 @@ class SafetensorsDirectory:
             self.config = require("transformers").AutoConfig.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except DAMAGE as error:
             raise CheckpointError(f"{path / 'config.json'} describes no model that can be built: {error}") from error
 
     def tensors(self, model: nn.Module) -> dict[str, StoredTensor]:
@@ -67,15 +67,15 @@ def _read_shards(directory: Path) -> dict[str, StoredTensor]:
 
     try:
         shard_of: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-        shards = sorted(set(shard_of.values()))
+        shards = {shard: directory / shard for shard in sorted(set(shard_of.values()))}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not an index of shards: {error!r}") from error
-    if lacking := [shard for shard in shards if not (directory / shard).is_file()]:
+    if lacking := [shard for shard, path in shards.items() if not path.is_file()]:
         raise CheckpointError(f"{index} names shards that are not there: {', '.join(lacking)}")
 
     stored: dict[str, StoredTensor] = {}
-    for shard in shards:
-        header = _read_header(directory / shard)
+    for shard, path in shards.items():
+        header = _read_header(path)
         listed = {name for name, where in shard_of.items() if where == shard}
         if difference := sorted(listed ^ header.keys()):
             raise CheckpointError(f"{index} and {shard} disagree about {', '.join(difference)}")

@@ -4,7 +4,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from entrenar.checkpoint.errors import CheckpointError
+from entrenar.checkpoint.errors import DAMAGE, CheckpointError
 from entrenar.checkpoint.extra import require
 
 
@@ -23,7 +23,7 @@ def load_tokenizer(path: str | PathLike[str]) -> Any:
         return require("transformers").AutoTokenizer.from_pretrained(
             directory, **where, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise CheckpointError(
             f"{path} holds no tokenizer that can be built (a directory needs tokenizer.json): {error}"
         ) from error

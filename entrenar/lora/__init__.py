@@ -1,5 +1,6 @@
 """Low-rank adapters beside frozen linear layers."""
 
 from entrenar.lora.layers import Int4Linear, LoRALayer, QLoRALayer
+from entrenar.lora.wrap import wrap
 
-__all__ = ["Int4Linear", "LoRALayer", "QLoRALayer"]
+__all__ = ["Int4Linear", "LoRALayer", "QLoRALayer", "wrap"]

@@ -55,6 +55,7 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in_features], float32 or bfloat16, to [..., out_features] of the same dtype."""
+        _check_features(x, self.in_features)
         return int4_linear(x, self.codes, self.scales, self.bias, block=self.block)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -122,6 +123,7 @@ class LoRALayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in_features] to [..., out_features] of the same dtype."""
+        _check_features(x, self.in_features)
         base = self.base
         drops = self.training and self.dropout.p > 0
         if isinstance(base, Int4Linear) and not drops:
@@ -167,6 +169,11 @@ class QLoRALayer(LoRALayer):
         elif not isinstance(base, Int4Linear):
             raise ValueError(f"{type(base).__name__} cannot be quantized: give an nn.Linear, an Int4Linear or a weight")
         super().__init__(base, d_out, d_in, rank=rank, alpha=alpha, dropout=dropout)
+
+
+def _check_features(x: Tensor, in_features: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}, the layer takes [..., {in_features}]")
 
 
 def _as_matrix(weight: Tensor, d_out: int | None, d_in: int | None) -> Tensor:

@@ -100,6 +100,8 @@ def _check_string(where: str, name: str, value: Any) -> str:
         raise DataError(f"{where}: {name} must be a string, not {_kind(value)}")
     if not value.strip():
         raise DataError(f"{where}: {name} is empty")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{where}: {name} has half of a surrogate pair, which is no character")
     return value
 
 

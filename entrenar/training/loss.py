@@ -37,7 +37,8 @@ def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = 
 
 def _logits_where(model: nn.Module, input_ids: Tensor, wanted: Tensor) -> Tensor:
     """Run the model with its head on the `wanted` positions (bool [B, T-1]) alone; return logits [n, V]."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = None if get_head is None else get_head()
     if not isinstance(head, nn.Module):
         raise TypeError(f"{type(model).__name__} has no output head (get_output_embeddings), so no language-model loss")
     calls = 0

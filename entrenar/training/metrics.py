@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from entrenar.training.files import written_beside
+from entrenar.lora.adapter.files import write_file
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, last_step: int) -> None:
         self.rows = [row for row in _read_rows(path) if row.step <= last_step]
-        with written_beside(path) as beside:
-            beside.write_text("".join(map(_line, self.rows)), encoding="utf-8")
+        _write_text(path, "".join(map(_line, self.rows)))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> MetricsLog:
@@ -92,8 +91,7 @@ def plot_losses(path: Path, rows: Sequence[StepMetrics], heldout_losses: dict[in
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    with written_beside(path) as beside:
-        figure.savefig(beside, format="png")
+    write_file(path, lambda beside: figure.savefig(beside, format="png"))
 
 
 def running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:
@@ -107,8 +105,14 @@ def running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write a report as indented JSON."""
-    with written_beside(path) as beside:
-        beside.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_text(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    def write(beside: Path) -> None:
+        beside.write_text(text, encoding="utf-8")
+
+    write_file(path, write)
 
 
 def versions() -> dict[str, str]:

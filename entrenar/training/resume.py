@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from entrenar.lora.adapter.files import write_file
 from entrenar.lora.layers import LoRALayer
 from entrenar.training.batches import Example
-from entrenar.training.files import written_beside
 
 HEADER = "entrenar.run"
 
@@ -65,7 +65,7 @@ def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -85,8 +85,8 @@ def save_checkpoint(
     tensors |= _random_state(model)
     header = {HEADER: json.dumps({"state": asdict(state), "fingerprint": fingerprint})}
     try:
-        with written_beside(path) as beside:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=header)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_file(path, lambda beside: save_file(contiguous, beside, metadata=header))
     except (OSError, SafetensorError) as error:
         kept = "the previous checkpoint there is intact" if path.exists() else "there is no earlier one"
         raise OSError(f"cannot write the checkpoint of step {state.step} to {path}: {error}; {kept}") from error

@@ -85,7 +85,7 @@ def int4_quantize_reference(weight: Tensor, block: int, scale_dtype: torch.dtype
     s = scales.float().unsqueeze(-1)
     q = (padded / s).round().clamp(-MAX_CODE, MAX_CODE)
     q = torch.where((s > 0) & s.isfinite(), q, 0)
-    u = (q + 8).to(torch.uint8).view(rows, -1, 2, GROUP // 2)
+    u = (q + 8).to(torch.uint8).view(rows, blocks * block // GROUP, 2, GROUP // 2)
     codes = (u[:, :, 0] | u[:, :, 1] << 4).flatten(1)[:, : packed_columns(columns)]
     return codes.contiguous(), scales.view(torch.uint8)
 
@@ -118,7 +118,7 @@ def int4_dequantize_reference(
 ) -> Tensor:
     """`torch.ops.entrenar.int4_dequantize` in plain torch."""
     rows = codes.shape[0]
-    groups = codes.view(rows, -1, 1, GROUP // 2)
+    groups = codes.view(rows, codes.shape[1] // (GROUP // 2), 1, GROUP // 2)
     q = torch.cat([groups & 15, groups >> 4], dim=2).flatten(1)[:, :in_features].float() - 8
     s = scales.view(scale_dtype_of(scales, in_features, block)).float()
     return (q * s.repeat_interleave(block, dim=1)[:, :in_features]).to(dtype)

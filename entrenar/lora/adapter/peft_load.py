@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from entrenar.lora.adapter.files import finish_writing
 from entrenar.lora.adapter.peft_save import CONFIG, FILES, WEIGHTS, lora_layers
-from entrenar.lora.layers import Int4Linear, LoRALayer
+from entrenar.lora.layers import LoRALayer
+from entrenar.lora.wrap import linear_layers
 
 KEY_PATTERN = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
@@ -65,7 +66,7 @@ def load_peft(model: nn.Module, directory: Path) -> None:
     else:
         _check_wrap(model, adapters, config, directory)
         model.requires_grad_(False)
-        layers = {name: _wrap(model, name, adapter, config) for name, adapter in adapters.items()}
+        layers = _wrap(model, adapters, config["lora_dropout"])
     with torch.no_grad():
         for name, layer in layers.items():
             layer.lora_A.copy_(adapters[name].A)
@@ -90,16 +91,17 @@ def _check_fill(layers: dict[str, LoRALayer], adapters: dict[str, LayerAdapter],
 
 
 def _check_wrap(model: nn.Module, adapters: dict[str, LayerAdapter], config: dict[str, Any], directory: Path) -> None:
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules, linears = dict(model.named_modules()), linear_layers(model)
     if unknown := adapters.keys() - modules.keys():
         raise ValueError(
             f"{directory} does not hold an adapter of this {type(model).__name__}, which has no {_some(unknown)}; "
             f"it was made for {config.get('base_model_name_or_path') or 'a model that it does not name'}"
         )
     for name, adapter in adapters.items():
-        module = modules[name]
-        if not isinstance(module, (nn.Linear, Int4Linear)):
-            raise ValueError(f"{directory}: {name} is a {type(module).__name__}; adapters go beside linear layers only")
+        if name not in linears:
+            kind = type(modules[name]).__name__
+            raise ValueError(f"{directory}: {name} is of class {kind}; adapters go beside linear layers only")
+        module: Any = linears[name]
         _check_shapes(name, adapter, module.in_features, module.out_features, directory)
 
 
@@ -111,12 +113,17 @@ def _check_shapes(name: str, adapter: LayerAdapter, d_in: int, d_out: int, direc
         )
 
 
-def _wrap(model: nn.Module, name: str, adapter: LayerAdapter, config: dict[str, Any]) -> LoRALayer:
-    parent, _, child = name.rpartition(".")
-    base = model.get_submodule(name)
-    layer = LoRALayer(base, rank=adapter.rank, alpha=adapter.alpha, dropout=config["lora_dropout"])
-    setattr(model.get_submodule(parent), child, layer.train(base.training))
-    return layer
+def _wrap(model: nn.Module, adapters: dict[str, LayerAdapter], dropout: float) -> dict[str, LoRALayer]:
+    layers, replaced = {}, {}
+    for name, adapter in adapters.items():
+        base = model.get_submodule(name)
+        layer = LoRALayer(base, rank=adapter.rank, alpha=adapter.alpha, dropout=dropout).train(base.training)
+        layers[name] = replaced[id(base)] = layer
+    # A layer that stands at two places of the model stays one layer.
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in replaced:
+            model.set_submodule(name, replaced[id(module)])
+    return layers
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

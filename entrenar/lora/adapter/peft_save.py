@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from entrenar.lora.adapter.files import write_directory
 from entrenar.lora.layers import LoRALayer
@@ -36,10 +37,17 @@ def save_peft(model: nn.Module, directory: Path) -> None:
     write_directory(
         directory,
         {
-            WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            WEIGHTS: lambda path: _write_tensors(path, tensors),
             CONFIG: lambda path: _write_text(path, config),
         },
     )
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,0 +1,144 @@
+"""Put adapters beside the linear layers of any torch model, in place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from entrenar.lora.layers import Int4Linear, LoRALayer, QLoRALayer
+from entrenar.lora.report import Kept, WrapReport, count_parameters, storage_bytes
+
+ALL_LINEAR = "all-linear"
+
+
+def wrap(
+    model: nn.Module,
+    rank: int = 16,
+    alpha: float = 32,
+    targets: str | Iterable[str] = ALL_LINEAR,
+    bits: int | None = 4,
+    dropout: float = 0.0,
+    *,
+    block: int = 64,
+    scale_dtype: torch.dtype = torch.float16,
+) -> WrapReport:
+    """Replace the target layers of `model` by LoRA layers over frozen bases, and freeze everything else.
+
+    Args:
+        model: any module; changed in place, and only if every layer could be wrapped.
+        rank, alpha, dropout: as in LoRALayer.
+        targets: "all-linear" for every nn.Linear and Int4Linear but the output head; or names as in PEFT: a list, where
+            a layer matches an entry that is its name or the end of it ("q_proj", "self_attn.q_proj"), or one regular
+            expression that must match the whole name. The head is wrapped only if it is named.
+        bits: 4 keeps the wrapped weights in int4, None keeps them as they are. Weights that are int4 already stay so. A
+            weight that is shared with another module (a tied head) is never quantized, so that it stays shared.
+        block, scale_dtype: of the int4 format, as in int4_quantize.
+
+    Returns:
+        What was wrapped, what was not and why, and what it costs; print it.
+
+    Raises ValueError where a target matches nothing (listing what there is), where the model has adapters already, and
+    where a weight cannot be quantized.
+    """
+    if bits not in (4, None):
+        raise ValueError(f"bits must be 4 or None, not {bits}")
+    if wrapped := [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]:
+        raise ValueError(f"the model has adapters already, the first of {len(wrapped)} at {wrapped[0]!r}")
+    if isinstance(model, (nn.Linear, Int4Linear)):
+        raise ValueError("the model is itself a linear layer: make a LoRALayer or QLoRALayer of it")
+
+    bytes_before = storage_bytes(model)
+    chosen = match(model, targets)
+    shared = _shared_weights(model)
+    adapted: dict[str, nn.Module] = {}
+    for name, layer in chosen.items():
+        if bits == 4 and isinstance(layer, nn.Linear) and name not in shared:
+            layer = Int4Linear.from_weight(layer.weight, layer.bias, block=block, scale_dtype=scale_dtype, name=name)
+        kind = QLoRALayer if isinstance(layer, Int4Linear) else LoRALayer
+        adapted[name] = kind(layer, rank=rank, alpha=alpha, dropout=dropout).train(model.training)
+    quantized = [name for name, layer in adapted.items() if isinstance(layer, QLoRALayer)]
+    kept = {name: why for name, why in _kept(model, chosen, shared) if name not in quantized}
+
+    base_parameters = count_parameters(model)
+    model.requires_grad_(False)
+    replacements = {id(chosen[name]): layer for name, layer in adapted.items()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in replacements:
+            model.set_submodule(name, replacements[id(module)])
+    return WrapReport(adapted, kept, base_parameters, bytes_before, storage_bytes(model))
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that an adapter can stand beside, by name."""
+    # Of nn.Linear's subclasses some are read by their parents without being called (MultiheadAttention's out_proj).
+    return {name: m for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Int4Linear)}
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes logits of hidden states, where the model says which it is."""
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if callable(find) else None
+
+
+def match(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
+    """The linear layers that `targets` names, as `wrap` describes it. Raises ValueError where one matches nothing."""
+    layers = linear_layers(model)
+    if targets == ALL_LINEAR:
+        head = output_head(model)
+        matched = {name: layer for name, layer in layers.items() if layer is not head}
+        missing = [] if matched else [ALL_LINEAR]
+    elif isinstance(targets, str):
+        matched = {name: layer for name, layer in layers.items() if re.fullmatch(targets, name)}
+        missing = [] if matched else [targets]
+    else:
+        targets = list(targets)
+        matched = {name: layer for name, layer in layers.items() if any(_ends(name, target) for target in targets)}
+        missing = [target for target in targets if not any(_ends(name, target) for name in matched)]
+        missing = missing if targets else ["(an empty list)"]
+    if missing:
+        raise ValueError(
+            f"no linear layer matches {', '.join(map(repr, missing))}; the model's linear layers end in: "
+            f"{', '.join(sorted({name.rpartition('.')[2] for name in layers})) or '(there are none)'}"
+        )
+    return matched
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _shared_weights(model: nn.Module) -> dict[str, str]:
+    """For each linear layer whose weight another module holds too, the name of that module."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    shared = {}
+    for name, layer in linear_layers(model).items():
+        others = [other for other in holders.get(id(getattr(layer, "weight", None)), []) if other != name]
+        if others:
+            shared[name] = others[0]
+    return shared
+
+
+def _kept(model: nn.Module, chosen: dict[str, nn.Module], shared: dict[str, str]) -> Iterator[tuple[str, Kept]]:
+    """The matrices that are not quantized, each with the reason."""
+    head = output_head(model)
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.dim() < 2:
+            continue
+        if name in chosen:
+            reason = "bits=None"
+        elif module is head:
+            reason = "output head"
+        elif type(module) is nn.Linear:
+            reason = "not a target"
+        else:
+            reason = type(module).__name__
+        if name in shared:
+            reason += f", shared with {shared[name]}"
+        yield name, Kept(tuple(weight.shape), weight.dtype, reason)

@@ -1,0 +1,147 @@
+"""The int4 format: its bytes, its error, its limits."""
+
+from __future__ import annotations
+
+import math
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from entrenar.autograd.ops import int4_dequantize, int4_quantize
+
+BLOCKS = pytest.mark.parametrize("block", [32, 64])
+
+
+def test_bytes_of_a_known_block():
+    values = torch.zeros(1, 32)
+    values[0, :3] = torch.tensor([7.0, -7.0, 2.5])
+    values[0, 16] = 3.5
+    codes, scales = int4_quantize(values, block=32)
+    # s = 1; halves round to even: 2.5 -> 2, 3.5 -> 4; element 16 is the high nibble of byte 0.
+    assert codes.tolist() == [[15 | (8 + 4) << 4, 1 | 8 << 4, 10 | 8 << 4, *[8 | 8 << 4] * 13]]
+    assert scales.view(torch.float16).tolist() == [[1.0]]
+    assert int4_dequantize(codes, scales, 32, block=32)[0, [0, 1, 2, 16]].tolist() == [7.0, -7.0, 2.0, 4.0]
+
+
+def test_float16_scales_and_codes_are_gguf_q4_0():
+    weight = torch.randn(5, 96)
+    codes, scales = int4_quantize(weight, block=32)
+    blocks = torch.cat([scales.view(5, 3, 2), codes.view(5, 3, 16)], dim=-1).reshape(5, -1)
+    read_by_gguf = gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType.Q4_0)
+    assert torch.equal(torch.from_numpy(read_by_gguf.copy()), int4_dequantize(codes, scales, 96, block=32))
+
+
+def test_error_on_gaussian_weights_is_the_formats():
+    weight = torch.randn(4096, 1024)
+    error = int4_dequantize(*int4_quantize(weight), 1024) - weight
+    assert error.abs().mean().item() == pytest.approx(0.0914, abs=0.0002)
+    assert error.square().mean().sqrt().item() == pytest.approx(0.1077, abs=0.0002)
+
+
+@pytest.mark.parametrize(("scale_dtype", "bits"), [(torch.float16, 4.25), (torch.float32, 4.5)])
+def test_bits_of_a_weight(scale_dtype, bits):
+    packed = int4_quantize(torch.randn(16, 640), scale_dtype=scale_dtype)
+    assert 8 * sum(t.numel() for t in packed) / (16 * 640) == bits
+
+
+@st.composite
+def matrices(draw):
+    rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 150))
+    floats = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-4e5, max_value=4e5)
+    tiny = st.floats(width=32, min_value=-(2.0**-120), max_value=2.0**-120)
+    elements = st.one_of(floats, tiny, st.just(0.0), st.floats(width=32, min_value=-(2.0**-20), max_value=2.0**-20))
+    values = draw(st.lists(elements, min_size=1, max_size=40))
+    order = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    matrix = torch.tensor(order.choice(np.array(values, dtype=np.float32), size=(columns, rows)))
+    return matrix.T if draw(st.booleans()) else matrix.T.contiguous()
+
+
+@given(matrices(), st.sampled_from([32, 64]), st.sampled_from([torch.float16, torch.float32]))
+@settings(max_examples=300, deadline=None)
+def test_error_is_at_most_half_a_step(weight, block, scale_dtype):
+    columns = weight.shape[1]
+    codes, scales = int4_quantize(weight, block=block, scale_dtype=scale_dtype)
+    decoded = int4_dequantize(codes, scales, columns, block=block)
+    exact = torch.nn.functional.pad(weight.double(), (0, -columns % block)).view(len(weight), -1, block)
+    absmax = exact.abs().amax(-1)
+    s = scales.view(scale_dtype).double()
+    # Half a step, and for the largest values what rounding the scale takes away from seven steps.
+    bound = (s / 2 + 7 * (absmax / 7 - s).abs()) * (1 + 1e-6) + 1e-44
+    error = (decoded.double() - weight.double()).abs()
+    assert (error <= bound.repeat_interleave(block, 1)[:, :columns]).all()
+    assert not decoded[weight == 0].any()
+
+
+def test_scales_round_as_torch_rounds(cpu_level):
+    patterns = torch.randint(0, 0x7F800000, (200_000, 1), dtype=torch.int32).view(torch.float32)
+    small = torch.rand(200_000, 1) * 2.0**-13
+    weight = torch.cat([patterns[patterns < 4e5][:, None], small])
+    _, scales = int4_quantize(weight)
+    assert torch.equal(scales.view(torch.float16), (weight / 7).half())
+
+
+@BLOCKS
+def test_zero_block_decodes_to_zeros(block):
+    weight = torch.randn(2, 2 * block)
+    weight[1, block:] = 0
+    codes, scales = int4_quantize(weight, block=block)
+    assert scales.view(torch.float16)[1, 1] == 0
+    assert not int4_dequantize(codes, scales, 2 * block, block=block)[1, block:].any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_non_finite_weight_is_named(bad, dtype, cpu_level):
+    weight = torch.randn(3, 100).to(dtype)
+    weight[2, 77] = bad
+    with pytest.raises(ValueError, match=rf"blocks\.0\.q\[2, 77\] is {bad}"):
+        int4_quantize(weight, name="blocks.0.q")
+
+
+def test_scale_beyond_float16_is_refused_and_float32_holds_it():
+    weight = torch.ones(2, 64)
+    weight[1, 3] = 1e6
+    with pytest.raises(ValueError, match=r"weight\[1, 3\] is 1e\+06.*use scale_dtype=torch.float32"):
+        int4_quantize(weight)
+    codes, scales = int4_quantize(weight, scale_dtype=torch.float32)
+    assert int4_dequantize(codes, scales, 64)[1, 3].item() == pytest.approx(1e6, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(weight=torch.ones(4)), "matrix"),
+        (dict(weight=torch.ones(4, 4, dtype=torch.int32)), "floating-point"),
+        (dict(weight=torch.ones(4, 4), block=16), "blocks are of 32 or 64"),
+        (dict(weight=torch.ones(4, 4), scale_dtype=torch.bfloat16), "scales are float16 or float32"),
+    ],
+)
+def test_bad_arguments_of_quantize(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        int4_quantize(**arguments)
+
+
+def test_sizes_that_do_not_belong_together_are_refused():
+    codes, scales = int4_quantize(torch.randn(4, 64))
+    for wrong in [(codes[:, 1:], scales, 64), (codes, scales[:2], 64), (codes, scales, 96), (codes.int(), scales, 64)]:
+        with pytest.raises(ValueError, match="codes"):
+            int4_dequantize(*wrong)
+
+
+def test_the_operator_itself_refuses_wrong_memory():
+    codes, scales = int4_quantize(torch.randn(4, 64))
+    ops = torch.ops.entrenar
+    for call in [
+        lambda: ops.int4_dequantize(codes, scales, 640, 64, torch.float32),
+        lambda: ops.int4_linear(torch.randn(2, 65), codes, scales, None, 64),
+        lambda: ops.int4_linear(torch.randn(2, 64), codes, scales, torch.randn(3), 64),
+        lambda: ops.int4_linear(torch.randn(2, 64).half(), codes, scales, None, 64),
+        lambda: ops.int4_linear_dx(torch.randn(2, 5), codes, scales, 64, 64),
+        lambda: ops.int4_lora_linear(torch.randn(2, 64), codes, scales, None, torch.randn(3, 60), torch.randn(4, 3), 1.0, 64),
+    ]:
+        with pytest.raises(RuntimeError, match=r"must"):
+            call()

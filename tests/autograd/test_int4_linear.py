@@ -1,0 +1,94 @@
+"""int4_linear and int4_lora_linear as their callers use them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from entrenar.autograd.ops import int4_dequantize, int4_linear, int4_lora_linear, int4_quantize
+
+
+@pytest.fixture
+def packed():
+    return int4_quantize(torch.randn(24, 80))
+
+
+def lora(rank: int = 4):
+    return torch.randn(rank, 80, requires_grad=True), torch.randn(24, rank, requires_grad=True)
+
+
+def test_autocast_computes_in_its_dtype(packed):
+    x = torch.randn(5, 80)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, with_lora = int4_linear(x, *packed), int4_lora_linear(x, *packed, None, *lora(), 1.0)
+    assert y.dtype == with_lora.dtype == torch.bfloat16
+    assert torch.equal(y, int4_linear(x.bfloat16(), *packed))
+
+
+def test_second_derivative_of_int4_linear_is_that_of_the_decoded_weight(packed):
+    x = torch.randn(5, 80, requires_grad=True)
+    v = torch.randn(5, 24, requires_grad=True)
+    (dx,) = torch.autograd.grad(int4_linear(x, *packed), x, v, create_graph=True)
+    (dv,) = torch.autograd.grad((dx**2).sum(), v)
+    weight = int4_dequantize(*packed, 80)
+    torch.testing.assert_close(dv, 2 * (v @ weight) @ weight.T, rtol=1e-5, atol=1e-3)
+
+
+def test_second_derivative_through_lora_is_refused(packed):
+    x = torch.randn(5, 80, requires_grad=True)
+    (dx,) = torch.autograd.grad(int4_lora_linear(x, *packed, None, *lora(), 1.0).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dx.sum().backward()
+
+
+def test_backward_keeps_packed_weights_only(packed):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        int4_lora_linear(torch.randn(5, 80, requires_grad=True), *packed, None, *lora(), 1.0)
+    assert sorted(t.numel() for t in kept if t.dtype == torch.uint8) == sorted(t.numel() for t in packed)
+    assert max(t.numel() for t in kept if t.is_floating_point()) == 5 * 80
+
+
+def test_x_without_gradient_still_trains_the_adapter(packed):
+    A, B = lora()
+    int4_lora_linear(torch.randn(5, 80), *packed, None, A, B, 1.0).sum().backward()
+    assert A.grad.abs().sum() > 0
+    assert B.grad.abs().sum() > 0
+
+
+def test_compiles_without_graph_breaks(packed):
+    A, B = lora()
+
+    def step(x):
+        return int4_lora_linear(torch.nn.functional.silu(int4_linear(x, *packed) @ A[:, :24].T), *narrow, None, C, D, 0.5)
+
+    narrow = int4_quantize(torch.randn(6, 4))
+    C, D = torch.randn(2, 4, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    x = torch.randn(3, 80, requires_grad=True)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for result in (step, compiled):
+        x.grad = None
+        result(x).square().sum().backward()
+        gradient = x.grad if result is step else gradient
+    torch.testing.assert_close(x.grad, gradient)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(2, 40), "are not an int4 matrix"),
+        (torch.randn(2, 80).double(), "float32 or bfloat16"),
+        (torch.tensor(1.0), r"\[\.\.\., K\]"),
+    ],
+)
+def test_bad_input_is_refused(packed, x, message):
+    with pytest.raises(ValueError, match=message):
+        int4_linear(x, *packed)
+
+
+def test_bad_bias_and_adapter_are_refused(packed):
+    x = torch.randn(2, 80)
+    with pytest.raises(ValueError, match="bias has shape"):
+        int4_linear(x, *packed, torch.randn(23))
+    with pytest.raises(ValueError, match="are not"):
+        int4_lora_linear(x, *packed, None, torch.randn(4, 80), torch.randn(24, 5), 1.0)

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_tiny import records
+from safetensors.torch import load_file
+from tiny import add_adapters, make_model, make_tokenizer
+from torch import nn
+
+from entrenar.training.batches import Example, collate
+from entrenar.training.config import FinetuneConfig
+from entrenar.training.encode import encode
+from entrenar.training.evaluate import heldout_loss
+from entrenar.training.loop import TrainingError, finetune
+from entrenar.training.metrics import StepMetrics, running_mean
+from entrenar.training.resume import ResumeError
+
+TOKENIZER = make_tokenizer()
+TRAIN = encode(records(12), TOKENIZER).examples
+HELDOUT = encode(records(4, first=100), TOKENIZER).examples
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.rows: list[StepMetrics] = []
+        self.remarks: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.remarks.append(text)
+
+    def step(self, row: StepMetrics, total_steps: int) -> None:
+        self.rows.append(row)
+        assert total_steps >= row.step
+
+
+def run(out: Path, model: nn.Module | None = None, **settings: Any) -> tuple[dict[str, Any], nn.Module, Recorder]:
+    model = add_adapters(make_model()) if model is None else model
+    watcher = Recorder()
+    config = FinetuneConfig(**{"batch_size": 4, "lr": 1e-2, **settings})
+    return finetune(model, TOKENIZER, TRAIN, HELDOUT, config, out, watcher=watcher), model, watcher
+
+
+def test_a_run_learns_and_leaves_its_files(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "demo"
+    report, model, watcher = run(out, epochs=6, lr=2e-2)
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "loss.png", "metrics.jsonl", "report.json"]
+    assert sorted(p.name for p in (out / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "report.json").read_text()) == report
+    assert report["heldout_loss_after"] < 0.93 * report["heldout_loss_before"]
+    assert report["heldout_loss_after"] == heldout_loss(model, HELDOUT, 4)
+    assert report["seed"] == 0
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["steps"] == len(watcher.rows) == 18
+    assert report["tokens"] == 6 * sum(len(example.input_ids) for example in TRAIN)
+    assert [row.step for row in watcher.rows if row.heldout_loss is not None] == [3, 6, 9, 12, 15, 18]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 19))
+    assert all(line["loss"] > 0 and line["lr"] > 0 and line["seconds"] > 0 for line in lines)
+    assert [set(sample) for sample in report["samples"]] == [{"prompt", "wanted", "before", "after"}] * 3
+    assert not model.training
+
+
+def test_the_base_keeps_its_bytes(tmp_path: Path) -> None:
+    model = add_adapters(make_model())
+    before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    run(tmp_path, model, max_steps=2)
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert torch.equal(parameter, before[name])
+            assert parameter.grad is None
+
+
+def test_accumulated_batches_count_as_one_by_their_tokens(tmp_path: Path) -> None:
+    """One step of 3 x 4 examples is a step of 12, though the labels are spread unevenly over the three."""
+    _, whole, first = run(tmp_path / "whole", max_steps=1, batch_size=12)
+    _, parts, second = run(tmp_path / "parts", max_steps=1, batch_size=4, accumulation=3)
+    torch.testing.assert_close(first.rows[0].loss, second.rows[0].loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(first.rows[0].grad_norm, second.rows[0].grad_norm, rtol=1e-5, atol=0)
+
+
+def test_the_held_out_loss_is_the_mean_over_all_labelled_tokens() -> None:
+    model = make_model()
+    input_ids, labels = collate(HELDOUT)
+    with torch.no_grad():
+        logits = model(input_ids).logits
+    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
+    for batch_size in (1, 3, 4):
+        assert math.isclose(heldout_loss(model, HELDOUT, batch_size), expected, rel_tol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(tmp_path: Path) -> None:
+    adapters = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(tmp_path / name, add_adapters(make_model(), dropout=0.1), max_steps=2, seed=seed)
+        adapters.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+    first, same, other = adapters
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+class Detached(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.inner(x).detach()
+        return output
+
+
+def test_an_adapter_without_a_gradient_is_named(tmp_path: Path) -> None:
+    model = add_adapters(make_model())
+    block = model.model.layers[1].mlp
+    block.up_proj = Detached(block.up_proj)
+    with pytest.raises(TrainingError, match=r"no gradient.*: model\.layers\.1\.mlp\.up_proj\.inner;"):
+        run(tmp_path, model)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    model = add_adapters(make_model())
+    watcher = Recorder()
+
+    def spoil(row: StepMetrics, total_steps: int) -> None:
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.lora_B.fill_(math.inf)
+
+    watcher.step = spoil  # type: ignore[method-assign]
+    config = FinetuneConfig(max_steps=3, batch_size=4, lr=1e-2)
+    with pytest.raises(TrainingError, match=r"step 2: the loss is nan, at a learning rate of"):
+        finetune(model, TOKENIZER, TRAIN, HELDOUT, config, tmp_path, watcher=watcher)
+
+
+def test_a_model_without_adapters_and_empty_data_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="wrap it first"):
+        run(tmp_path, make_model().requires_grad_(False))
+    with pytest.raises(ValueError, match="0 held out"):
+        finetune(add_adapters(make_model()), TOKENIZER, TRAIN, [], FinetuneConfig(), tmp_path)
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    model = add_adapters(make_model())
+    for resume in (False, True):
+        with pytest.raises(ResumeError, match=r"is finished; choose another folder"):
+            finetune(model, TOKENIZER, TRAIN, HELDOUT, FinetuneConfig(), tmp_path, resume=resume)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_text_can_be_trained_on_and_sampled(tmp_path: Path) -> None:
+    texts = [Example(torch.arange(start, start + 9), torch.arange(start, start + 9)) for start in range(20, 26)]
+    config = FinetuneConfig(max_steps=1, batch_size=2)
+    report = finetune(add_adapters(make_model()), TOKENIZER, texts, texts[:1], config, tmp_path)
+    (sample,) = report["samples"]
+    assert sample["prompt"] == TOKENIZER.decode(texts[0].input_ids[:4], skip_special_tokens=True)
+
+
+def test_a_running_mean_of_a_constant_is_that_constant() -> None:
+    assert running_mean([2.5] * 7) == pytest.approx([2.5] * 7)
+    assert running_mean([1.0, 3.0]) == pytest.approx([1.0, (0.09 * 1 + 0.1 * 3) / 0.19])
