@@ -92,8 +92,7 @@ def lora_arguments(sample: str, dtype: torch.dtype) -> tuple:
 def quantize_arguments(sample: str, dtype: torch.dtype) -> tuple:
     shape, n, k = SIZES.get(sample, ((6,), 20, 50))
     block = 32 if sample in ("few rows", "batch") else 64
-    rows = 0 if sample == "no rows" else n
-    return make_x(sample, (rows,), k).to(dtype), block, torch.float32 if sample in ("odd", "deep") else torch.float16
+    return make_x(sample, (n,), k).to(dtype), block, torch.float32 if sample in ("odd", "deep") else torch.float16
 
 
 def dequantize_arguments(sample: str, dtype: torch.dtype) -> tuple:

@@ -93,6 +93,12 @@ def test_zero_block_decodes_to_zeros(block):
     assert not int4_dequantize(codes, scales, 2 * block, block=block)[1, block:].any()
 
 
+def test_matrix_without_rows():
+    codes, scales = int4_quantize(torch.empty(0, 40))
+    assert (codes.shape, scales.shape) == ((0, 32), (0, 2))
+    assert int4_dequantize(codes, scales, 40).shape == (0, 40)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_non_finite_weight_is_named(bad, dtype, cpu_level):

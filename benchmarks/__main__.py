@@ -1,0 +1,9 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+# Each in a process of its own: thread pools, caches and peak memory start afresh.
+for name in ("quantization_error", "int4_linear", "training_step"):
+    print(f"\n== {name} ==", flush=True)
+    subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

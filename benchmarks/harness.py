@@ -1,0 +1,108 @@
+"""Paired timing, the circumstances of a measurement, and its record under benchmarks/results/."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("entrenar", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def refuse_if_red(*tests: str) -> None:
+    """Run these tests, and stop where one fails: the speed of a wrong result is no result."""
+    command = [sys.executable, "-m", "pytest", "-q", *tests]
+    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode != 0:
+        raise SystemExit(f"nothing was measured: {' '.join(command[1:])} does not pass")
+
+
+def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of `rounds` single calls of each contender, one call of each a round, in a rotating order.
+
+    A drift of the machine hits all contenders alike, so ratios hold where absolute times do not. Before each call the
+    caches are filled with other data, as they are when a layer's turn comes in a model.
+    """
+    import torch
+
+    others = torch.ones(64 * 2**20)
+    names = list(contenders)
+    for name in names:
+        contenders[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            others.sum()
+            start = time.perf_counter()
+            contenders[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """How many times as long theirs takes: the median over the rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+def circumstances() -> dict[str, Any]:
+    """Machine, versions, commit and date; no host name and no path."""
+    import torch
+
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": _commit(),
+        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem}" + "".join(f" {word}" for word in sys.argv[1:]),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def write(name: str, results: dict[str, Any]) -> None:
+    """Write benchmarks/results/<name>.json: the circumstances, then the results."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    beside = path.with_suffix(".json.saving")
+    beside.write_text(json.dumps({**circumstances(), **results}, indent=2) + "\n")
+    os.replace(beside, path)
+    print(f"written to {path.relative_to(ROOT)}")
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows of equal keys in columns."""
+    cells = [list(rows[0]), *([_show(value) for value in row.values()] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,192 @@
+"""Whole QLoRA training steps of SmolLM2-135M-Instruct: this package, and PEFT + bitsandbytes NF4 under bf16 autocast.
+
+Rank 16 on all linear layers, batches of 4 x 256 tokens of real text, loss on every token, gradient clipping, AdamW (the
+peer's is torch's fused one). Both load the same bfloat16 checkpoint. Each run has a process of its own; the sides take
+turns. Each side runs as it is installed, and with malloc told to keep freed memory, which `entrenar finetune` does for
+itself. Peaks are the process's resident set: over its whole life (loading included), and from the first step on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import ROOT, print_table, refuse_if_red, write
+
+TESTS = ("tests/autograd", "tests/lora", "tests/optim")
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+SIDES = {
+    "entrenar": ("ours", {}),
+    "PEFT + bitsandbytes": ("peers", {}),
+    "entrenar, freed memory kept": ("ours", KEEP_FREED_MEMORY),
+    "PEFT + bitsandbytes, freed memory kept": ("peers", KEEP_FREED_MEMORY),
+}
+RANK, ALPHA, LR, MAX_NORM = 16, 32, 2e-4, 1.0
+
+
+def ours(directory: Path) -> Callable[[Any], float]:
+    from entrenar.checkpoint import load_pretrained
+    from entrenar.lora.wrap import wrap
+    from entrenar.optim import AdamW, clip_grad_norm
+    from entrenar.training import causal_lm_loss
+
+    model = load_pretrained(directory, bits=4)
+    wrap(model, rank=RANK, alpha=ALPHA)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = AdamW(parameters, lr=LR)
+    model.train()
+
+    def step(ids: Any) -> float:
+        loss = causal_lm_loss(model, ids)
+        loss.backward()
+        clip_grad_norm(parameters, MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def peers(directory: Path) -> Callable[[Any], float]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=nf4, dtype=torch.bfloat16)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
+    model.train()
+
+    def step(ids: torch.Tensor) -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def peak_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status gives no VmHWM")
+
+
+def run_side(side: str, directory: Path) -> dict[str, Any]:
+    """Load, take one step to warm up and then the timed ones; in the process that is measured."""
+    from benchmarks.smollm2 import load_tokens
+
+    tokens = load_tokens(directory)
+    start = time.perf_counter()
+    step = {"ours": ours, "peers": peers}[side](directory)
+    load_seconds, peak_loading = time.perf_counter() - start, peak_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # restarts VmHWM
+    losses, seconds = [], []
+    for ids in tokens:
+        start = time.perf_counter()
+        losses.append(step(ids))
+        seconds.append(time.perf_counter() - start)
+    peak_training = peak_bytes()
+    return {
+        "load_seconds": load_seconds,
+        "step_seconds": seconds[1:],
+        "losses": losses,
+        "peak_bytes": max(peak_loading, peak_training),
+        "peak_bytes_training": peak_training,
+    }
+
+
+def in_process(arguments: list[str], environment: dict[str, str]) -> str:
+    command = [sys.executable, "-m", "benchmarks.training_step", *arguments]
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return result.stdout
+
+
+def measure(rounds: int, steps: int, batch_size: int, length: int) -> list[dict[str, Any]]:
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
+    with tempfile.TemporaryDirectory() as directory:
+        in_process(["--prepare", directory, str(steps + 1), str(batch_size), str(length)], {})
+        for _ in range(rounds):
+            for name, (side, environment) in SIDES.items():
+                output = in_process(["--side", side, directory], environment)
+                runs[name].append(json.loads(output.splitlines()[-1]))
+                print(f"{name}: {statistics.median(runs[name][-1]['step_seconds']):.3f} s a step", flush=True)
+    rows = []
+    for name, results in runs.items():
+        seconds = [second for result in results for second in result["step_seconds"]]
+        rows.append(
+            {
+                "side": name,
+                "tokens_per_second": round(batch_size * length / statistics.median(seconds), 1),
+                "best_tokens_per_second": round(batch_size * length / min(seconds), 1),
+                "peak_gb": round(statistics.median(result["peak_bytes"] for result in results) / 1e9, 3),
+                "peak_gb_training": round(statistics.median(r["peak_bytes_training"] for r in results) / 1e9, 3),
+                "load_seconds": round(statistics.median(result["load_seconds"] for result in results), 2),
+                "first_loss": round(results[0]["losses"][0], 4),
+                "last_loss": round(results[0]["losses"][-1], 4),
+            }
+        )
+    return rows
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Ours against the peers', each allocator setting by itself."""
+    by_side = {row["side"]: row for row in rows}
+    names = list(by_side)
+    return {
+        f"{ours} / {theirs}": {
+            key: round(by_side[ours][key] / by_side[theirs][key], 3)
+            for key in ("tokens_per_second", "peak_gb", "peak_gb_training", "load_seconds")
+        }
+        for ours, theirs in zip(names[::2], names[1::2], strict=True)
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a process, after one to warm up")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.prepare:
+        from benchmarks.smollm2 import prepare
+
+        directory, *sizes = arguments.prepare
+        prepare(Path(directory), *map(int, sizes))
+        return
+    if arguments.side:
+        side, directory = arguments.side
+        print(json.dumps(run_side(side, Path(directory))))
+        return
+    refuse_if_red(*TESTS)
+    rows = measure(arguments.rounds, arguments.steps, arguments.batch_size, arguments.length)
+    print_table(rows)
+    compared = ratios(rows)
+    print(json.dumps(compared, indent=2))
+    sizes = {"batch_size": arguments.batch_size, "length": arguments.length, "rank": RANK, "alpha": ALPHA}
+    write("training_step", {**sizes, "rows": rows, "ratios": compared})
+
+
+if __name__ == "__main__":
+    main()
