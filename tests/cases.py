@@ -27,8 +27,8 @@ class Case:
         reference: the same in plain torch, with the same arguments, and with the first of its results if it has several.
         samples: names of argument sets, each made by `arguments(sample, dtype)`.
         exact: the result is the reference's to the bit.
-        linear_in: the indices of the differentiable arguments. The op is linear in each, so that a central difference
-            is exact but for rounding, whatever the step.
+        linear_in: the indices of the differentiable arguments. The op is linear in each, so a central difference is
+            exact but for rounding, whatever the step.
     """
 
     op: torch._ops.OpOverload
@@ -90,7 +90,7 @@ def lora_arguments(sample: str, dtype: torch.dtype) -> tuple:
 
 
 def quantize_arguments(sample: str, dtype: torch.dtype) -> tuple:
-    shape, n, k = SIZES.get(sample, ((6,), 20, 50))
+    _, n, k = SIZES.get(sample, ((6,), 20, 50))
     block = 32 if sample in ("few rows", "batch") else 64
     return make_x(sample, (n,), k).to(dtype), block, torch.float32 if sample in ("odd", "deep") else torch.float16
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entrenar.checkpoint.errors import DAMAGE, CheckpointError
+from entrenar.checkpoint.errors import CheckpointError
 from entrenar.checkpoint.extra import require
 from entrenar.checkpoint.stored import StoredTensor, read_bytes
 
@@ -19,8 +19,9 @@ class GgufFile:
 
     def __init__(self, path: Path):
         self.path = path
+        gguf, transformers = require("gguf"), require("transformers")
         try:
-            header = require("gguf").GGUFReader(path)
+            header = gguf.GGUFReader(path)
             if header.byte_order != "I":
                 raise ValueError("its byte order is not this machine's")
             if "split.count" in header.fields and header.fields["split.count"].contents() > 1:
@@ -32,10 +33,12 @@ class GgufFile:
                 for entry in header.tensors
             }
             del header
-            self.config = require("transformers").AutoConfig.from_pretrained(
+            self.config = transformers.AutoConfig.from_pretrained(
                 path.parent, gguf_file=path.name, local_files_only=True
             )
-        except DAMAGE as error:
+            if self.config.num_hidden_layers > len(self._entries):  # a model of that many would take hours to lay out
+                raise ValueError(f"{len(self._entries)} tensors for {self.config.num_hidden_layers} layers")
+        except Exception as error:  # damaged bytes are taken for lengths, types and sizes: anything may be raised
             raise CheckpointError(
                 f"{path} cannot be read as a GGUF file (truncated, corrupt or of an unread kind): {error!r}"
             ) from error

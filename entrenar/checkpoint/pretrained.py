@@ -91,11 +91,16 @@ def _empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
     transformers = require("transformers")
     named = (config.architectures or [None])[0]
     if named is not None and not hasattr(transformers, named):
-        raise CheckpointError(f"config.json names the architecture {named!r}, which transformers does not have")
-    with torch.device("meta"):
-        if named is None:
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return getattr(transformers, named)._from_config(config, dtype=dtype)
+        raise CheckpointError(
+            f"{config.name_or_path} is a model of class {named!r}, which this version of transformers does not have"
+        )
+    try:
+        with torch.device("meta"):
+            if named is None:
+                return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return getattr(transformers, named)._from_config(config, dtype=dtype)
+    except Exception as error:  # sizes that do not fit together show only here, in whatever way the class trips
+        raise CheckpointError(f"{config.name_or_path}: its configuration builds no model: {error!r}") from error
 
 
 def _head_weight(model: Any) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from entrenar.checkpoint.errors import DAMAGE, CheckpointError
+from entrenar.checkpoint.errors import CheckpointError
 from entrenar.checkpoint.extra import require
 from entrenar.checkpoint.stored import StoredTensor, read_bytes
 
@@ -37,11 +37,10 @@ class SafetensorsDirectory:
             hint = "it holds an adapter: load its base model, then the adapter" if adapter else _contents(path)
             raise CheckpointError(f"{path} has no config.json ({hint})")
         self._stored = _read_shards(path)
+        transformers = require("transformers")
         try:
-            self.config = require("transformers").AutoConfig.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
-        except DAMAGE as error:
+            self.config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # each of the many configurations has checks of its own
             raise CheckpointError(f"{path / 'config.json'} describes no model that can be built: {error}") from error
 
     def tensors(self, model: nn.Module) -> dict[str, StoredTensor]:

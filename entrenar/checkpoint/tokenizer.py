@@ -4,7 +4,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from entrenar.checkpoint.errors import DAMAGE, CheckpointError
+from entrenar.checkpoint.errors import CheckpointError
 from entrenar.checkpoint.extra import require
 
 
@@ -19,11 +19,12 @@ def load_tokenizer(path: str | PathLike[str]) -> Any:
         raise FileNotFoundError(f"no checkpoint at {path}")
     where = {"gguf_file": path.name} if path.is_file() else {}
     directory = path.parent if path.is_file() else path
+    transformers = require("transformers")
     try:
-        return require("transformers").AutoTokenizer.from_pretrained(
+        return transformers.AutoTokenizer.from_pretrained(
             directory, **where, local_files_only=True, trust_remote_code=False
         )
-    except DAMAGE as error:
+    except Exception as error:  # the parsers of the many kinds of tokenizer raise anything on bytes that are not theirs
         raise CheckpointError(
             f"{path} holds no tokenizer that can be built (a directory needs tokenizer.json): {error}"
         ) from error

@@ -100,18 +100,16 @@ class LoRALayer(nn.Module):
         if isinstance(base, Tensor):
             base = _linear_of(_as_matrix(base, d_out, d_in))
         if not (hasattr(base, "in_features") and hasattr(base, "out_features")):
-            raise ValueError(f"{type(base).__name__} has no in_features and out_features: LoRA goes beside a linear layer")
-        if (d_out or base.out_features, d_in or base.in_features) != (base.out_features, base.in_features):
-            raise ValueError(
-                f"the base maps {base.in_features} to {base.out_features} features, not d_in={d_in} to d_out={d_out}"
-            )
+            raise ValueError(f"{type(base).__name__} has no in_features and out_features: LoRA needs a linear layer")
+        sizes = int(base.out_features), int(base.in_features)
+        if (d_out or sizes[0], d_in or sizes[1]) != sizes:
+            raise ValueError(f"the base maps {sizes[1]} to {sizes[0]} features, not d_in={d_in} to d_out={d_out}")
         if rank < 1:
             raise ValueError(f"rank must be at least 1, not {rank}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), not {dropout}")
         self.base = base.requires_grad_(False)
-        self.in_features: int = base.in_features
-        self.out_features: int = base.out_features
+        self.out_features, self.in_features = sizes
         self.rank = rank
         self.alpha = alpha
         self.scaling = alpha / rank

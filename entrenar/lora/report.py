@@ -53,8 +53,8 @@ class WrapReport:
 
     def __str__(self) -> str:
         adapted = Counter(
-            (_pattern(name), f"{layer.out_features} x {layer.in_features}", _kind(layer.base), f"LoRA r={layer.rank}")
-            for name, layer in zip(self.adapted, self._layers(), strict=True)
+            (_pattern(name), f"{lora.out_features} x {lora.in_features}", _kind(lora.base), f"LoRA r={lora.rank}")
+            for name, lora in zip(self.adapted, self._layers(), strict=True)
         )
         kept = Counter(
             (_pattern(name), " x ".join(map(str, k.shape)), _name(k.dtype), f"not in int4: {k.reason}")
@@ -63,7 +63,9 @@ class WrapReport:
         rows = [("layer", "count", "weight", "kept in", "")]
         rows += [(row[0], str(count), *row[1:]) for row, count in (adapted + kept).items()]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        table = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        table = "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
         return (
             f"{table}\n"
             f"trainable: {self.trainable_parameters:,} of {self.base_parameters + self.trainable_parameters:,} "

@@ -60,7 +60,7 @@ def wrap(
         kind = QLoRALayer if isinstance(layer, Int4Linear) else LoRALayer
         adapted[name] = kind(layer, rank=rank, alpha=alpha, dropout=dropout).train(model.training)
     quantized = [name for name, layer in adapted.items() if isinstance(layer, QLoRALayer)]
-    kept = {name: why for name, why in _kept(model, chosen, shared) if name not in quantized}
+    kept = {name: why for name, why in _kept(model, chosen, shared, bits) if name not in quantized}
 
     base_parameters = count_parameters(model)
     model.requires_grad_(False)
@@ -124,21 +124,22 @@ def _shared_weights(model: nn.Module) -> dict[str, str]:
     return shared
 
 
-def _kept(model: nn.Module, chosen: dict[str, nn.Module], shared: dict[str, str]) -> Iterator[tuple[str, Kept]]:
+def _kept(
+    model: nn.Module, chosen: dict[str, nn.Module], shared: dict[str, str], bits: int | None
+) -> Iterator[tuple[str, Kept]]:
     """The matrices that are not quantized, each with the reason."""
     head = output_head(model)
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.dim() < 2:
             continue
+        tie = [f"shared with {shared[name]}"] if name in shared else []
         if name in chosen:
-            reason = "bits=None"
+            reason = "bits=None" if bits is None else "target"
         elif module is head:
             reason = "output head"
         elif type(module) is nn.Linear:
             reason = "not a target"
         else:
             reason = type(module).__name__
-        if name in shared:
-            reason += f", shared with {shared[name]}"
-        yield name, Kept(tuple(weight.shape), weight.dtype, reason)
+        yield name, Kept(tuple(weight.shape), weight.dtype, ", ".join([reason, *tie]))

@@ -140,14 +140,14 @@ def test_sizes_that_do_not_belong_together_are_refused():
 
 def test_the_operator_itself_refuses_wrong_memory():
     codes, scales = int4_quantize(torch.randn(4, 64))
-    ops = torch.ops.entrenar
+    ops, A = torch.ops.entrenar, torch.randn(3, 64)
     for call in [
         lambda: ops.int4_dequantize(codes, scales, 640, 64, torch.float32),
         lambda: ops.int4_linear(torch.randn(2, 65), codes, scales, None, 64),
         lambda: ops.int4_linear(torch.randn(2, 64), codes, scales, torch.randn(3), 64),
         lambda: ops.int4_linear(torch.randn(2, 64).half(), codes, scales, None, 64),
         lambda: ops.int4_linear_dx(torch.randn(2, 5), codes, scales, 64, 64),
-        lambda: ops.int4_lora_linear(torch.randn(2, 64), codes, scales, None, torch.randn(3, 60), torch.randn(4, 3), 1.0, 64),
+        lambda: ops.int4_lora_linear(torch.randn(2, 64), codes, scales, None, A[:, 4:], torch.randn(4, 3), 1.0, 64),
     ]:
         with pytest.raises(RuntimeError, match=r"must"):
             call()

@@ -83,7 +83,7 @@ def test_gradient_equals_finite_differences(case, sample, cpu_level):
                     ends.append((outputs(case.op(*moved))[0].double() * dy.double()).sum())
             numeric = (ends[0] - ends[1]) / 2
             analytic = (gradient.double() * direction.double()).sum()
-            scale = (gradient.double() * direction.double()).norm() + result.detach().double().norm() * dy.double().norm()
+            scale = (gradient * direction).norm() + result.detach().norm() * dy.norm()
             assert abs(numeric - analytic) <= 1e-6 * scale
 
 

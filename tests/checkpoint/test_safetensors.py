@@ -294,7 +294,11 @@ def test_what_is_no_checkpoint_is_refused_with_the_reason(saved, tmp_path):
     ("change", "reason"),
     [
         ({"model_type": "unheard-of"}, "describes no model"),
-        ({"architectures": ["UnheardOfForCausalLM"]}, "'UnheardOfForCausalLM', which transformers does not have"),
+        (
+            {"architectures": ["UnheardOfForCausalLM"]},
+            "'UnheardOfForCausalLM', which this version of transformers does not have",
+        ),
+        ({"num_key_value_heads": 0}, "builds no model"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantized"),
     ],
 )

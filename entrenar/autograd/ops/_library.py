@@ -1,4 +1,4 @@
-"""The `entrenar` operator namespace: its schemas are defined beside each op, its kernels come from the compiled library."""
+"""The `entrenar` operator namespace: schemas stand beside each op, kernels come from the compiled library."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def int4_quantize(
     Raises ValueError for a NaN or infinity in the weight, and for a scale above the largest float16 (65504).
     """
     if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"{name}: int4 takes a floating-point matrix, not {weight.dtype} of shape {tuple(weight.shape)}")
+        raise ValueError(f"{name}: int4 takes a floating-point matrix, not {weight.dtype} {tuple(weight.shape)}")
     if block not in BLOCKS:
         raise ValueError(f"{name}: blocks are of {' or '.join(map(str, BLOCKS))} elements, not {block}")
     if scale_dtype not in SCALE_DTYPES:
