@@ -68,7 +68,7 @@ def model_errors(directory: Path) -> list[dict[str, Any]]:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     errors: dict[str, list[dict[str, float]]] = {}
 
-    def compare(kind: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def compare(kind: str, layer: nn.Linear, args: tuple[Tensor, ...]) -> None:
         errors.setdefault(kind, []).append(output_errors(layer.weight, args[0].flatten(0, 1)))
 
     for name, module in model.named_modules():

@@ -188,7 +188,7 @@ def main() -> None:
         side, directory = arguments.side
         print(json.dumps(run_side(side, Path(directory))))
         return
-    #REFUSE refuse_if_red(*TESTS)
+    refuse_if_red(*TESTS)
     rows = measure(arguments.rounds, arguments.steps, arguments.batch_size, arguments.length)
     print_table(rows)
     compared = ratios(rows)

@@ -24,7 +24,7 @@ class Case:
 
     Attributes:
         op: the operator.
-        reference: the same in plain torch, with the same arguments, and with the first of its results if it has several.
+        reference: the same in plain torch, with the same arguments, and the first of its results if it has several.
         samples: names of argument sets, each made by `arguments(sample, dtype)`.
         exact: the result is the reference's to the bit.
         linear_in: the indices of the differentiable arguments. The op is linear in each, so a central difference is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,9 +100,9 @@ class LoRALayer(nn.Module):
         super().__init__()
         if isinstance(base, Tensor):
             base = _linear_of(_as_matrix(base, d_out, d_in))
-        if not (hasattr(base, "in_features") and hasattr(base, "out_features")):
+        sizes: tuple[Any, Any] = getattr(base, "out_features", None), getattr(base, "in_features", None)
+        if None in sizes:
             raise ValueError(f"{type(base).__name__} has no in_features and out_features: LoRA needs a linear layer")
-        sizes = int(base.out_features), int(base.in_features)
         if (d_out or sizes[0], d_in or sizes[1]) != sizes:
             raise ValueError(f"the base maps {sizes[1]} to {sizes[0]} features, not d_in={d_in} to d_out={d_out}")
         if rank < 1:

@@ -18,6 +18,7 @@ def write_file(path: Path, write: Writer) -> None:
         write(beside)
         _flush(beside)
         os.replace(beside, path)
+        _flush(path.parent)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
@@ -47,6 +48,7 @@ def write_directory(directory: Path, writers: dict[str, Writer]) -> None:
         _move(beside, directory, names)
     else:
         os.rename(beside, directory)
+        _flush(directory.parent)
 
 
 def finish_writing(directory: Path, names: list[str]) -> None:
@@ -67,9 +69,14 @@ def _beside(directory: Path) -> Path:
 def _move(beside: Path, directory: Path, names: list[str]) -> None:
     for name in names:
         os.replace(beside / name, directory / name)
+        _flush(directory)
     beside.rmdir()
 
 
 def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    """Have a file's bytes, or a directory's entries, on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
