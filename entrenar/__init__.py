@@ -1,14 +1,27 @@
 """LoRA fine-tuning on 4-bit weights, as a PyTorch extension."""
 
 from entrenar.autograd.ops import cpu_level, int4_dequantize, int4_quantize, set_cpu_level
-from entrenar.lora import Int4Linear, LoRALayer, QLoRALayer
+from entrenar.checkpoint import CheckpointError, load_pretrained, load_tokenizer
+from entrenar.lora import Int4Linear, LoRALayer, QLoRALayer, load_adapter, save_adapter, wrap
+from entrenar.optim import AdamW, CosineScheduler, clip_grad_norm
+from entrenar.training import causal_lm_loss
 
 __all__ = [
+    "AdamW",
+    "CheckpointError",
+    "CosineScheduler",
     "Int4Linear",
     "LoRALayer",
     "QLoRALayer",
+    "causal_lm_loss",
+    "clip_grad_norm",
     "cpu_level",
     "int4_dequantize",
     "int4_quantize",
+    "load_adapter",
+    "load_pretrained",
+    "load_tokenizer",
+    "save_adapter",
     "set_cpu_level",
+    "wrap",
 ]

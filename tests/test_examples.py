@@ -1,0 +1,32 @@
+"""The examples run as they stand."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import runpy
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+def load(name: str) -> dict:
+    return runpy.run_path(str(EXAMPLES / name))
+
+
+def test_lora_layer(tmp_path, capsys):
+    load("lora_layer.py")["main"](str(tmp_path / "adapter.json"))
+    assert json.loads((tmp_path / "adapter.json").read_text())["rank"] == 16
+    assert "trainable: 8,192 of 73,728" in capsys.readouterr().out
+
+
+def test_qlora_layer(capsys):
+    load("qlora_layer.py")["main"]()
+    # 4.25 bits against 32, and the error of the format on Gaussian weights.
+    assert "86.7% less" in (printed := capsys.readouterr().out)
+    assert 0.10 < float(printed.rpartition(":")[2].strip(" %\n")) / 100 < 0.115
+
+
+def test_workflow(tmp_path):
+    losses = load("workflow.py")["main"](str(tmp_path / "adapter.json"))
+    assert losses[-1] < 0.9 * losses[0]
+    assert (tmp_path / "adapter.json").exists()
