@@ -12,7 +12,7 @@
 #define INT4_HD static inline  // internal linkage: each instruction set keeps its own copy
 #endif
 
-namespace int4 {
+namespace entrenar::int4 {  // CUDA has a global type int4
 
 constexpr int kGroup = 32;
 constexpr int kGroupBytes = 16;
@@ -39,6 +39,14 @@ INT4_HD float bits_float(uint32_t bits) {
   return value;
 }
 
+INT4_HD float bfloat16_to_float(uint16_t value) { return bits_float((uint32_t)value << 16); }
+
+// Rounds half to even; for finite values.
+INT4_HD uint16_t float_to_bfloat16(float value) {
+  const uint32_t bits = float_bits(value);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 INT4_HD float half_to_float(uint16_t half) {
   const uint32_t sign = (uint32_t)(half & 0x8000) << 16;
   const uint32_t exponent = half >> 10 & 31, fraction = half & 0x3ff;
@@ -62,4 +70,4 @@ INT4_HD uint16_t float_to_half(float value) {
   return sign | (uint16_t)((rounded - 0x38000000) >> 13);
 }
 
-}  // namespace int4
+}  // namespace entrenar::int4

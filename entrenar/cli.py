@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -14,6 +14,7 @@ from entrenar.lora.adapter import load_adapter
 from entrenar.lora.wrap import wrap
 from entrenar.malloc import keep_freed_memory
 from entrenar.training import (
+    Example,
     FinetuneConfig,
     Interrupted,
     TrainingError,
@@ -45,8 +46,6 @@ def main() -> None:
         resume = [] if "--resume" in sys.argv else ["--resume"]
         print(f"\n{stop}\nto go on: {shlex.join(['entrenar', *sys.argv[1:], *resume])}", file=sys.stderr)
         sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (ValueError, OSError, ModuleNotFoundError, TrainingError) as error:
         print(f"entrenar: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
@@ -60,7 +59,9 @@ def _program() -> None:
 @app.command(name="finetune")
 def _finetune(
     model: Annotated[Path, typer.Option(help="Hugging Face directory or GGUF file to start from.")],
-    data: Annotated[Path, typer.Option(help="Training data: .jsonl (messages, prompt and completion, or text) or .txt.")],
+    data: Annotated[
+        Path, typer.Option(help="Training data: .jsonl (messages, prompt and completion, or text) or .txt.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the adapter, metrics.jsonl, loss.png and report.json.")],
     heldout: Annotated[Path | None, typer.Option(help="Held-out data; by default a part of the data.")] = None,
     heldout_fraction: Annotated[float, typer.Option(help="That part, without --heldout.")] = 0.05,
@@ -96,19 +97,27 @@ def _finetune(
     # The data comes first: a mistake in it shows before minutes go into loading a large model.
     tokenizer = load_tokenizer(model)
     with TerminalWatcher(Console(soft_wrap=True)) as watcher:
-        encoded = encode(read_records(data), tokenizer, max_length)
+        train = _examples(data, tokenizer, max_length, watcher)
         if heldout is None:
-            train, held = split_heldout(encoded.examples, heldout_fraction, seed)
+            train, held = split_heldout(train, heldout_fraction, seed)
         else:
-            train, held = encoded.examples, encode(read_records(heldout), tokenizer, max_length).examples
-        watcher.say(f"{data}: {len(train)} examples to train on, {len(held)} held out")
-        if encoded.truncated:
-            watcher.say(f"{encoded.truncated} longer than {max_length} tokens: cut, {encoded.dropped} of them left out")
+            held = _examples(heldout, tokenizer, max_length, watcher)
+        watcher.say(f"{len(train)} examples to train on, {len(held)} held out")
         torch.manual_seed(seed)
         network = load_pretrained(model, bits=4)
         watcher.say(str(wrap(network, rank=rank, alpha=alpha, targets="all-linear", bits=4, dropout=dropout)))
         report = finetune(network, tokenizer, train, held, config, out, resume=resume, watcher=watcher)
     print(describe_report(report, out))
+
+
+def _examples(path: Path, tokenizer: Any, max_length: int, watcher: TerminalWatcher) -> list[Example]:
+    encoded = encode(read_records(path), tokenizer, max_length)
+    if encoded.truncated:
+        watcher.say(
+            f"{path}: cut {encoded.truncated} conversations at {max_length} tokens, "
+            f"and left out {encoded.dropped} of them, whose answers begin later"
+        )
+    return encoded.examples
 
 
 @app.command(name="generate")

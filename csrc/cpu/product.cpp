@@ -1,7 +1,6 @@
 #include "product.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <vector>
@@ -12,49 +11,8 @@
 
 namespace entrenar {
 
-using torch::headeronly::ScalarType;
 using torch::stable::get_num_threads;
 using torch::stable::parallel_for;
-
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name, " must be float32 or bfloat16");
-  return type == ScalarType::Float ? kFloat32 : kBFloat16;
-}
-
-Weight int4_weight(const Tensor& codes, const Tensor& scales, int64_t columns, int64_t block) {
-  STD_TORCH_CHECK(block == 32 || block == 64, "block must be 32 or 64, not ", block);
-  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && scales.scalar_type() == ScalarType::Byte,
-                  "codes and scales must be uint8");
-  STD_TORCH_CHECK(codes.is_contiguous() && scales.is_contiguous(), "codes and scales must be contiguous");
-  STD_TORCH_CHECK(codes.dim() == 2 && scales.dim() == 2 && codes.size(0) == scales.size(0),
-                  "codes and scales must be matrices with the same number of rows");
-  const int64_t blocks = int4::blocks(columns, block);
-  STD_TORCH_CHECK(codes.size(1) == int4::row_bytes(columns), "codes must have ", int4::row_bytes(columns),
-                  " bytes a row for ", columns, " columns, not ", codes.size(1));
-  STD_TORCH_CHECK(scales.size(1) == 2 * blocks || scales.size(1) == 4 * blocks, "scales must have ", 2 * blocks, " or ",
-                  4 * blocks, " bytes a row for ", columns, " columns, not ", scales.size(1));
-  Weight w = {};
-  w.codes = codes.const_data_ptr<uint8_t>();
-  w.scales = scales.const_data_ptr<uint8_t>();
-  w.float32_scales = scales.size(1) == 4 * blocks;
-  w.block = static_cast<int>(block);
-  w.rows = codes.size(0);
-  w.columns = columns;
-  return w;
-}
-
-Weight dense_weight(const Tensor& weight, int64_t rows, int64_t columns, const char* name) {
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.is_contiguous(), name,
-                  " must be float32 and contiguous");
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns, name, " must be ", rows,
-                  " x ", columns);
-  Weight w = {};
-  w.dense = weight.const_data_ptr<float>();
-  w.rows = rows;
-  w.columns = columns;
-  return w;
-}
 
 int64_t rows_of(const Tensor& x) {
   int64_t rows = 1;

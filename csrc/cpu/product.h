@@ -1,20 +1,12 @@
 // Products of matrices in torch tensors, spread over threads.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 
+#include "../arguments.h"
 #include "level/kernels.h"
 
 namespace entrenar {
-
-using torch::stable::Tensor;
-
-// The checked arguments of an op as kernels see them. Each raises an error that names the argument.
-Dtype dtype_of(const Tensor& tensor, const char* name);
-Weight int4_weight(const Tensor& codes, const Tensor& scales, int64_t columns, int64_t block);
-Weight dense_weight(const Tensor& weight, int64_t rows, int64_t columns, const char* name);
 
 // One factor of a product: a contiguous x [rows, contraction] and what it is multiplied by.
 struct Term {

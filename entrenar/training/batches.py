@@ -14,10 +14,14 @@ IGNORED = -100
 
 
 class Example(NamedTuple):
-    """One row of training data: `input_ids` and `labels`, both int64 [T]; a label is its token's id or `IGNORED`."""
+    """One row of training data: `input_ids` and `labels`, both int64 [T]; a label is its token's id or `IGNORED`.
+
+    `question` is what a conversation's first answer answers, for people to read.
+    """
 
     input_ids: Tensor
     labels: Tensor
+    question: str = ""
 
     @property
     def targets(self) -> int:

@@ -40,7 +40,7 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int = 1024) ->
         example = _encode_conversation(record, tokenizer)
         if len(example.input_ids) > max_length:
             truncated += 1
-            example = Example(example.input_ids[:max_length], example.labels[:max_length])
+            example = Example(example.input_ids[:max_length], example.labels[:max_length], example.question)
         if example.targets:
             examples.append(example)
         else:
@@ -78,7 +78,9 @@ def _encode_conversation(record: Record, tokenizer: Any) -> Example:
     length = max((i + 1 for i, label in enumerate(labels) if label != IGNORED), default=0)
     if length < 2:
         raise DataError(f"{record.where}: the answer has no token to learn")
-    return Example(torch.tensor(ids[:length]), torch.tensor(labels[:length]))
+    first = [message["role"] for message in record.messages].index("assistant")
+    question = record.messages[first - 1]["content"]
+    return Example(torch.tensor(ids[:length]), torch.tensor(labels[:length]), question)
 
 
 def _render(record: Record, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:

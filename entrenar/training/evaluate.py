@@ -49,7 +49,7 @@ def _sample(model: nn.Module, tokenizer: Any, example: Example) -> dict[str, str
     prompt = example.input_ids[:cut]
     wanted = example.labels[cut : cut + SAMPLE_TOKENS]
     return {
-        "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+        "prompt": example.question or tokenizer.decode(prompt, skip_special_tokens=True),
         "wanted": tokenizer.decode(wanted[wanted != IGNORED], skip_special_tokens=True).strip(),
         "answer": generate(model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS),
     }

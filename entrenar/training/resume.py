@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,16 @@ def fingerprint(
         **config,
         **adapters,
         "base model": _digest(frozen),
-        "training data": _digest((str(len(e.labels)), t) for e in train for t in e),
-        "held-out data": _digest((str(len(e.labels)), t) for e in heldout for t in e),
+        "training data": _digest(_tensors(train)),
+        "held-out data": _digest(_tensors(heldout)),
     }
+
+
+def _tensors(examples: Sequence[Example]) -> Iterator[tuple[str, Tensor]]:
+    for example in examples:
+        length = str(len(example.input_ids))
+        yield length, example.input_ids
+        yield length, example.labels
 
 
 def _digest(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from textwrap import indent
 from types import TracebackType
 from typing import Any
 
@@ -35,7 +34,8 @@ class TerminalWatcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._live.stop()
+        if self._live.tasks:
+            self._live.stop()
 
     def say(self, text: str) -> None:
         """Print a remark, above the live line."""
@@ -77,8 +77,8 @@ def describe_report(report: dict[str, Any], out: Path) -> str:
     before, after = report["heldout_loss_before"], report["heldout_loss_after"]
     lines = []
     for sample in report["samples"]:
-        lines += ["", indent(sample["prompt"].strip(), "  | ")]
-        lines += [f"  {key}: {sample[key]}" for key in ("wanted", "before", "after")]
+        lines += ["", sample["prompt"].strip()]
+        lines += [f"  {key:>6}: {' '.join(sample[key].split())}" for key in ("wanted", "before", "after")]
     lines += [
         "",
         f"held-out loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%}) after {report['steps']} steps, "

@@ -7,7 +7,9 @@ import time
 
 import torch
 from tiny import add_adapters, make_model, make_tokenizer
+from torch import nn
 
+from entrenar.lora.layers import LoRALayer
 from entrenar.training.config import FinetuneConfig
 from entrenar.training.data import Record
 from entrenar.training.encode import encode
@@ -33,6 +35,15 @@ def records(count: int, first: int = 0) -> list[Record]:
     ]
 
 
+def make_run_model() -> nn.Module:
+    """The tiny model in 4 bits, with dropout in its second layer: the first takes the path without."""
+    model = add_adapters(make_model(), dropout=0.1, bits=4)
+    for module in model.model.layers[0].modules():
+        if isinstance(module, LoRALayer):
+            module.dropout.p = 0.0
+    return model
+
+
 class Slow(Nobody):
     """Leaves a signal time to arrive between two steps."""
 
@@ -43,7 +54,7 @@ class Slow(Nobody):
 def main(out: str, *words: str) -> None:
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
-    model = add_adapters(make_model(), dropout=0.1)
+    model = make_run_model()
     train, heldout = (encode(records(*size), tokenizer).examples for size in ((20,), (4, 100)))
     watcher = Slow() if "slow" in words else Nobody()
     try:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHATML, make_tokenizer
 
@@ -12,6 +12,7 @@ from entrenar.training.data import DataError, Message, Record
 from entrenar.training.encode import encode
 
 TOKENIZER = make_tokenizer()
+turns = st.text(min_size=1, max_size=30).filter(str.strip)
 
 
 def conversation(*contents: str, system: str | None = None) -> Record:
@@ -56,14 +57,18 @@ def test_what_follows_the_last_answer_is_left_out() -> None:
     assert TOKENIZER.decode(example.input_ids).endswith("Sky.<|im_end|>")
 
 
-@given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0))
-def test_labels_spell_the_answers(turns: list[str]) -> None:
-    example = encode_one(conversation(*turns))
-    assert learned(example) == "".join(f"{turn}<|im_end|>" for turn in turns[1::2])
+@settings(max_examples=50)
+@given(st.lists(st.tuples(turns, turns), min_size=1, max_size=3))
+def test_labels_spell_the_answers(pairs: list[tuple[str, str]]) -> None:
+    example = encode_one(conversation(*(turn for pair in pairs for turn in pair)))
+    assert learned(example) == "".join(f"{answer}<|im_end|>" for _, answer in pairs)
 
 
 def test_without_an_end_token_in_the_template_the_whole_answer_is_learned() -> None:
-    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    plain = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     tokenizer = make_tokenizer(plain)
     example = encode_one(conversation("Up?", "Sky."), tokenizer)
     # The space before the answer and the answer's first letters may share a token; it belongs to the answer.
@@ -101,7 +106,10 @@ def test_nothing_left_to_learn_is_an_error() -> None:
     [
         (None, "no chat template"),
         # A template that shows only the newest answer: what was learned would not be what is asked.
-        (CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '' }}"), r"messages\[1\]"),
+        (
+            CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '' }}"),
+            r"messages\[1\]",
+        ),
         ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
         ("{{ messages[99].content.x }}", "refuses these messages"),
     ],

@@ -78,8 +78,8 @@ def test_the_base_keeps_its_bytes(tmp_path: Path) -> None:
 
 def test_accumulated_batches_count_as_one_by_their_tokens(tmp_path: Path) -> None:
     """One step of 3 x 4 examples is a step of 12, though the labels are spread unevenly over the three."""
-    _, whole, first = run(tmp_path / "whole", max_steps=1, batch_size=12)
-    _, parts, second = run(tmp_path / "parts", max_steps=1, batch_size=4, accumulation=3)
+    _, _, first = run(tmp_path / "whole", max_steps=1, batch_size=12)
+    _, _, second = run(tmp_path / "parts", max_steps=1, batch_size=4, accumulation=3)
     torch.testing.assert_close(first.rows[0].loss, second.rows[0].loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(first.rows[0].grad_norm, second.rows[0].grad_norm, rtol=1e-5, atol=0)
 

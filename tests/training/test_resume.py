@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_tiny import CONFIG, STEPS, records
+from run_tiny import CONFIG, STEPS, make_run_model, records
 from safetensors.torch import save_file
 from tiny import add_adapters, make_model, make_tokenizer
 
@@ -98,7 +98,7 @@ def test_the_uninterrupted_run_equals_one_in_this_process(tmp_path: Path, uninte
     torch.rand(100)
     tokenizer = make_tokenizer()
     train, heldout = encode(records(20), tokenizer).examples, encode(records(4, 100), tokenizer).examples
-    finetune(add_adapters(make_model(), dropout=0.1), tokenizer, train, heldout, CONFIG, tmp_path)
+    finetune(make_run_model(), tokenizer, train, heldout, CONFIG, tmp_path)
     torch.set_num_threads(threads)
     assert adapter_bytes(tmp_path) == adapter_bytes(uninterrupted)
 

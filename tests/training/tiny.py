@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from entrenar.lora.layers import LoRALayer
+from entrenar.lora.wrap import wrap
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -25,7 +25,8 @@ def make_tokenizer(chat_template: str | None = CHATML) -> Any:
     special = ["<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        TEXTS,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
@@ -54,12 +55,6 @@ def make_model(vocab: int = 320, hidden: int = 32, seed: int = 0, tied: bool = F
     return model.eval()
 
 
-def add_adapters(model: nn.Module, rank: int = 4, dropout: float = 0.0) -> nn.Module:
-    """Put adapters beside every projection of the decoder's layers; all else is frozen."""
-    model.requires_grad_(False)
-    for layer in model.model.layers:
-        for block in (layer.self_attn, layer.mlp):
-            for name, child in list(block.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(block, name, LoRALayer(child, rank=rank, alpha=2 * rank, dropout=dropout))
+def add_adapters(model: nn.Module, rank: int = 4, dropout: float = 0.0, bits: int | None = None) -> nn.Module:
+    wrap(model, rank=rank, alpha=2 * rank, bits=bits, dropout=dropout)
     return model

@@ -4,19 +4,9 @@
 
 #include <stdint.h>
 
+#include "../../weight.h"
+
 namespace entrenar {
-
-enum Dtype { kFloat32, kBFloat16 };
-
-// A matrix that is multiplied by: int4 codes with their scales, or dense float32 where codes is null.
-struct Weight {
-  const uint8_t* codes;
-  const void* scales;
-  bool float32_scales;
-  int block;
-  const float* dense;
-  int64_t rows, columns;
-};
 
 // A row-major matrix in the 32-bit units that the product kernel consumes: float32 elements, or pairs of bfloat16.
 struct Units {

@@ -11,6 +11,8 @@
 
 namespace {
 
+namespace int4 = entrenar::int4;
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)

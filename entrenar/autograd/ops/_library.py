@@ -20,20 +20,26 @@ def define(schema: str, fake: Callable) -> None:
 
 
 def load_kernels() -> None:
-    """Load the compiled CPU kernels from the package's directory."""
-    import entrenar
-
-    name = "libentrenar_cpu.so"
-    # In an editable install the compiled library lies apart from the Python files, in another entry of the path.
-    found = [file for directory in entrenar.__path__ if (file := pathlib.Path(directory) / name).is_file()]
-    if not found:
+    """Load the compiled kernels from the package's directory: the CPU's, and CUDA's where torch and the build have it."""
+    cpu = _compiled("libentrenar_cpu.so")
+    if cpu is None:
         raise ImportError(
-            f"{name} is not among {list(entrenar.__path__)}: the kernels were not compiled. "
+            "libentrenar_cpu.so is missing: the kernels were not compiled. "
             "Install the package with pip (pip install --no-build-isolation -e . in a checkout)."
         )
-    torch.ops.load_library(found[0])
+    torch.ops.load_library(cpu)
+    if torch.version.cuda and (cuda := _compiled("libentrenar_cuda.so")):
+        torch.ops.load_library(cuda)
     if level := os.environ.get("ENTRENAR_CPU_LEVEL"):
         set_cpu_level(level)
+
+
+def _compiled(name: str) -> pathlib.Path | None:
+    import entrenar
+
+    # In an editable install the compiled library lies apart from the Python files, in another entry of the path.
+    files = (pathlib.Path(directory) / name for directory in entrenar.__path__)
+    return next((file for file in files if file.is_file()), None)
 
 
 def cpu_level() -> str:
