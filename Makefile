@@ -22,7 +22,8 @@ help:
 finetune: $(READY)
 	$(BIN)/python examples/stdlib_qa.py $(DATA)
 	$(BIN)/entrenar finetune --model "$$($(BIN)/python examples/smollm2.py)" \
-		--data $(DATA)/train.jsonl --heldout $(DATA)/heldout.jsonl --out $(RUN)
+		--data $(DATA)/train.jsonl --heldout $(DATA)/heldout.jsonl --out $(RUN) \
+		$(if $(wildcard $(RUN)/checkpoint.safetensors),--resume)
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -34,7 +34,7 @@ MODULES = """
     zlib
 """
 
-TRAIN, HELDOUT = 640, 80
+TRAIN, HELDOUT = 960, 80
 HELDOUT_SHARE = 0.15
 SHORTEST, LONGEST = 30, 400  # characters of an answer
 

@@ -40,22 +40,25 @@ def fill(model: nn.Module, stored: dict[str, StoredTensor], int4: dict[str, Any]
 
     `int4` holds the arguments of `Int4Linear.from_weight` for the linear layers, which are replaced as their weights
     are read; None leaves them dense. Raises ValueError for a tensor that is not finite, that is of another kind than
-    the model's, or that differs from the one it is tied to.
+    the model's, or that differs from the one it is tied to, and for a model without linear layers to quantize.
     """
     slots = model.state_dict(keep_vars=True)
     aliases = _aliases(model)
-    linears = set() if int4 is None else _linear_weights(model)
+    linears = {} if int4 is None else _linears(model, aliases)
+    if int4 is not None and not linears:
+        raise ValueError(
+            f"a {type(model).__name__} has no nn.Linear beside its head to quantize: load it with bits=None"
+        )
     done: dict[int, Tensor] = {}
     for name, tensor in stored.items():
-        slot = slots[name]
-        value = tensor.read()
+        if int4 is not None and name in linears:
+            # The weight is bound to no name, so that it is gone before the next is read.
+            packed = Int4Linear.from_weight(tensor.read(), linears[name].bias, name=name, **int4)
+            model.set_submodule(name.removesuffix(".weight"), packed)
+            continue
+        slot, value = slots[name], tensor.read()
         if value.is_floating_point() != slot.is_floating_point():
             raise ValueError(f"{name} is stored as {value.dtype}, where the model has {slot.dtype}")
-        if int4 is not None and name in linears:
-            layer = name.removesuffix(".weight")
-            bias = model.get_submodule(layer).bias
-            model.set_submodule(layer, Int4Linear.from_weight(value, bias, name=name, **int4))
-            continue
         value = value.to(slot.dtype)
         _check_finite(value, name)
         if id(slot) in done:
@@ -78,7 +81,7 @@ def compute_buffers(model: Any) -> None:
     for module_name, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
-                # NaN shows below what the model's class did not compute; integers start at their least value.
+                # NaN shows below what a class does not compute.
                 unset = float("nan") if buffer.is_floating_point() else 0
                 setattr(module, name, torch.full_like(buffer, unset, device="cpu"))
                 lacking.append((module_name, module, name))
@@ -103,12 +106,11 @@ def _aliases(model: nn.Module) -> dict[int, list[str]]:
     return aliases
 
 
-def _linear_weights(model: Any) -> set[str]:
-    """The names of the linear layers' weights, less the output head's and tied ones."""
+def _linears(model: Any, aliases: dict[int, list[str]]) -> dict[str, nn.Linear]:
+    """The linear layers by the names of their weights, less the output head and those whose weight is tied."""
     head = model.get_output_embeddings()
-    aliases = _aliases(model)
     return {
-        f"{name}.weight"
+        f"{name}.weight": module
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module is not head and len(aliases[id(module.weight)]) == 1
     }

@@ -79,7 +79,7 @@ class GgufFile:
         try:
             values = require("gguf").dequantize(rows, kind)
         except NotImplementedError as error:
-            raise CheckpointError(f"{self.path}: {name} is stored as {kind.name}, which is not read") from error
+            raise ValueError(f"{name} is stored as {kind.name}, which is not read") from error
         values = processor.process(weights=values, name=name).weights
         return torch.from_numpy(values).contiguous()
 

@@ -40,7 +40,8 @@ def load_pretrained(
     Raises:
         FileNotFoundError: there is nothing at `path`.
         CheckpointError: (a ValueError) the files are damaged, their tensors are not the model's (all missing,
-            superfluous and misshapen ones are listed), or a weight is not finite (its name and index are given).
+            superfluous and misshapen ones are listed), a weight is not finite (its name and index are given), or there
+            is no nn.Linear to quantize.
         ModuleNotFoundError: transformers or gguf is not installed.
     """
     if bits not in (4, None):
@@ -57,7 +58,7 @@ def load_pretrained(
     model = _empty_model(checkpoint.config, dtype)
     stored = checkpoint.tensors(model)
     head = _head_weight(model)
-    if head is not None and head not in stored and not checkpoint.config.tie_word_embeddings:
+    if head is not None and head not in stored and not getattr(checkpoint.config, "tie_word_embeddings", False):
         # Writers leave a head out where it shares its storage with the embedding, whatever the configuration says.
         checkpoint.config.tie_word_embeddings = True
         model = _empty_model(checkpoint.config, dtype)

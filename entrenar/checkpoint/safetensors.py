@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -109,7 +111,7 @@ def _read_tensor(path: Path, offset: int, size: int, dtype: torch.dtype, shape: 
     return read_bytes(path, offset, size).view(dtype).reshape(shape)
 
 
-def _model_names(model: nn.Module, keys: list[str], path: Path) -> dict[str, str]:
+def _model_names(model: Any, keys: list[str], path: Path) -> dict[str, str]:
     """Each key of the files with its name in the model, by transformers' own rules of renaming."""
     loading = require("transformers.core_model_loading")
     rules = require("transformers.conversion_mapping").get_model_conversion_mapping(model)
@@ -131,7 +133,7 @@ def _model_names(model: nn.Module, keys: list[str], path: Path) -> dict[str, str
     return named
 
 
-def _leftovers(model: nn.Module):
+def _leftovers(model: Any) -> Callable[[str], bool]:
     # Old checkpoints carry buffers that the models now compute; transformers ignores the same ones.
     patterns = {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", *(model._keys_to_ignore_on_load_unexpected or ())}
     slots = model.state_dict().keys()

@@ -38,7 +38,7 @@ def read_bytes(path: Path, offset: int, size: int) -> Tensor:
     raw = torch.empty(size, dtype=torch.uint8)
     with path.open("rb") as file:
         file.seek(offset)
-        got = file.readinto(raw.numpy())
+        got = file.readinto(raw.numpy().data)
     if got != size:
         raise CheckpointError(f"{path} is truncated: {got} of the {size} bytes at offset {offset}; copy it again")
     return raw

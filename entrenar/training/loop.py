@@ -111,10 +111,10 @@ def finetune(
             _count(state, row)
             log.write(row)
             watcher.step(row, plan.total_steps)
-            last = step == plan.total_steps
-            if last or stopping() or step % config.checkpoint_every == 0:
+            last, stop = step == plan.total_steps, stopping()
+            if last or stop or step % config.checkpoint_every == 0:
                 save_checkpoint(out / CHECKPOINT, model, optimizer, state, identity)
-            if stopping() and not last:
+            if stop and not last:
                 raise Interrupted(f"stopped after step {step} of {plan.total_steps}; the run is saved in {out}")
     model.eval()
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 MIB = 2**20
 # What neither the model nor one tensor explains: code loaded on the first use, threads, what the allocator keeps.
-SLACK = 48 * MIB
+SLACK = 32 * MIB
 LAYERS = 5
 
 LOAD = """
@@ -75,6 +75,6 @@ def test_peak_is_the_loaded_size_and_one_tensor(tmp_path, bits):
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
-    assert on_disk > 12 * SLACK
+    assert on_disk > 20 * SLACK
     assert measured["final"] < (0.3 if bits == 4 else 1.01) * on_disk
     assert measured["increase"] < measured["final"] + 4 * largest + SLACK, measured

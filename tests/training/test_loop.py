@@ -153,6 +153,26 @@ def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+def test_a_run_that_fails_behind_its_last_step_is_finished_by_resuming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(model: nn.Module, path: Path) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("entrenar.training.loop.save_adapter", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path, max_steps=2)
+    config = FinetuneConfig(max_steps=2, batch_size=4, lr=1e-2)
+    with pytest.raises(ResumeError, match="holds an unfinished run"):
+        finetune(add_adapters(make_model()), TOKENIZER, TRAIN, HELDOUT, config, tmp_path)
+    report = finetune(add_adapters(make_model()), TOKENIZER, TRAIN, HELDOUT, config, tmp_path, resume=True)
+    _, model, _ = run(tmp_path / "other", max_steps=2)
+    assert report["heldout_loss_after"] == heldout_loss(model, HELDOUT, 4)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
 def test_text_can_be_trained_on_and_sampled(tmp_path: Path) -> None:
     texts = [Example(torch.arange(start, start + 9), torch.arange(start, start + 9)) for start in range(20, 26)]
     config = FinetuneConfig(max_steps=1, batch_size=2)

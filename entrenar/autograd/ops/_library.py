@@ -20,7 +20,7 @@ def define(schema: str, fake: Callable) -> None:
 
 
 def load_kernels() -> None:
-    """Load the compiled kernels from the package's directory: the CPU's, and CUDA's where torch and the build have it."""
+    """Load the compiled kernels beside the package: the CPU's, and CUDA's where torch and the build have them."""
     cpu = _compiled("libentrenar_cpu.so")
     if cpu is None:
         raise ImportError(
