@@ -16,9 +16,8 @@ def main() -> None:
     qlora = QLoRALayer(base_weight, 4096, 4096, rank=64, alpha=128.0)
 
     packed = sum(p.nbytes for p in qlora.base.parameters())
-    print(
-        f"weight: {base_weight.nbytes:,} bytes as float32, {packed:,} packed: {1 - packed / base_weight.nbytes:.1%} less"
-    )
+    saved = 1 - packed / base_weight.nbytes
+    print(f"weight: {base_weight.nbytes:,} bytes as float32, {packed:,} packed: {saved:.1%} less")
 
     x = torch.randn(16, 4096)
     expected = x @ base_weight.T
