@@ -44,7 +44,11 @@ def save_peft(model: nn.Module, directory: Path) -> None:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     # save_file would let nobody but the owner read it.
-    path.write_bytes(save(tensors, metadata={"format": "pt"}))
+    data = save(tensors, metadata={"format": "pt"})
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
 
 
 def _write_text(path: Path, text: str) -> None:
