@@ -49,9 +49,9 @@ def test_bits_of_a_weight(scale_dtype, bits):
 
 
 @st.composite
-def matrices(draw):
+def matrices(draw, largest=4e5):
     rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 150))
-    floats = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-4e5, max_value=4e5)
+    floats = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-largest, max_value=largest)
     tiny = st.floats(width=32, min_value=-(2.0**-120), max_value=2.0**-120)
     elements = st.one_of(floats, tiny, st.just(0.0), st.floats(width=32, min_value=-(2.0**-20), max_value=2.0**-20))
     values = draw(st.lists(elements, min_size=1, max_size=40))
@@ -74,6 +74,16 @@ def test_error_is_at_most_half_a_step(weight, block, scale_dtype):
     error = (decoded.double() - weight.double()).abs()
     assert (error <= bound.repeat_interleave(block, 1)[:, :columns]).all()
     assert not decoded[weight == 0].any()
+
+
+@given(matrices(largest=3.4028234663852886e38))
+@settings(max_examples=100, deadline=None)
+def test_float32_scales_hold_the_largest_values(weight):
+    columns = weight.shape[1]
+    codes, scales = int4_quantize(weight, scale_dtype=torch.float32)
+    decoded = int4_dequantize(codes, scales, columns)
+    steps = scales.view(torch.float32).double().repeat_interleave(64, 1)[:, :columns]
+    assert ((decoded.double() - weight.double()).abs() <= steps * (0.5 + 1e-6) + 1e-44).all()
 
 
 def test_scales_round_as_torch_rounds(cpu_level):
