@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,24 +167,29 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         load_checkpoint(path, model, optimizer, FINGERPRINT)
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """Files of this process cannot grow beyond 4 KiB: a write fails halfway, as on a full disk."""
+    """Files of this process cannot grow beyond 4 KiB: a write fails halfway, as on a full disk.
+
+    Not a fixture, which would still hold when pytest writes its report into a file.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / CHECKPOINT
     model, optimizer = make_run()
     save_checkpoint(path, model, optimizer, RunState(step=5), FINGERPRINT)
     before = path.read_bytes()
-    request.getfixturevalue("full_disk")
-    with pytest.raises(OSError, match=r"checkpoint of step 10 .*; the previous checkpoint there is intact"):
+    expected = r"checkpoint of step 10 .*; the previous checkpoint there is intact"
+    with full_disk(), pytest.raises(OSError, match=expected):
         save_checkpoint(path, model, optimizer, RunState(step=10), FINGERPRINT)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [CHECKPOINT]
