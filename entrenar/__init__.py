@@ -1,5 +1,6 @@
 """LoRA fine-tuning on 4-bit weights, as a PyTorch extension."""
 
+from entrenar.autograd import GradientError, Tape, Tensor, backward, check_gradient
 from entrenar.autograd.ops import cpu_level, int4_dequantize, int4_quantize, set_cpu_level
 from entrenar.checkpoint import CheckpointError, load_pretrained, load_tokenizer
 from entrenar.lora import Int4Linear, LoRALayer, QLoRALayer, load_adapter, save_adapter, wrap
@@ -10,10 +11,15 @@ __all__ = [
     "AdamW",
     "CheckpointError",
     "CosineScheduler",
+    "GradientError",
     "Int4Linear",
     "LoRALayer",
     "QLoRALayer",
+    "Tape",
+    "Tensor",
+    "backward",
     "causal_lm_loss",
+    "check_gradient",
     "clip_grad_norm",
     "cpu_level",
     "int4_dequantize",

@@ -30,3 +30,23 @@ def test_workflow(tmp_path):
     losses = load("workflow.py")["main"](str(tmp_path / "adapter.json"))
     assert losses[-1] < 0.9 * losses[0]
     assert (tmp_path / "adapter.json").exists()
+
+
+def test_linear_regression():
+    slope, intercept = load("linear_regression.py")["main"]()
+    # 200 points with noise 0.1: a standard error of 0.007.
+    assert abs(slope - 3) < 0.03
+    assert abs(intercept + 2) < 0.03
+
+
+def test_digits():
+    assert load("digits.py")["main"]() > 0.9
+
+
+def test_tape(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    load("tape.py")["main"]()
+    printed = capsys.readouterr().out
+    assert "int4_lora_linear" in printed
+    assert "NaN or infinity: nowhere" in printed
+    assert " operations checked, 0 wrong" in printed

@@ -1,17 +1,65 @@
 """Differentiable operations, each with a gradient derived by hand and kernels in csrc/."""
 
 from entrenar.autograd.ops._library import cpu_level, load_kernels, set_cpu_level
+from entrenar.autograd.ops.activation import gelu, log_softmax, relu, sigmoid, silu, softmax, tanh
+from entrenar.autograd.ops.attention import attention, scaled_dot_product_attention
+from entrenar.autograd.ops.elementwise import add, div, exp, log, mul, neg, pow, sqrt, sub
+from entrenar.autograd.ops.embedding import dropout, embedding
 from entrenar.autograd.ops.int4 import int4_dequantize, int4_quantize
 from entrenar.autograd.ops.int4_linear import int4_linear
 from entrenar.autograd.ops.int4_lora_linear import int4_lora_linear
+from entrenar.autograd.ops.loss import cross_entropy, mse, mse_loss
+from entrenar.autograd.ops.matmul import linear, matmul
+from entrenar.autograd.ops.norm import layer_norm, rms_norm
+from entrenar.autograd.ops.reduction import mean, sum
+from entrenar.autograd.ops.rotary import rotary_embedding
+from entrenar.autograd.ops.shape import cat, expand, getitem, permute, reshape, transpose
+from entrenar.autograd.ops.swiglu import swiglu
 
 __all__ = [
+    "add",
+    "attention",
+    "cat",
     "cpu_level",
+    "cross_entropy",
+    "div",
+    "dropout",
+    "embedding",
+    "exp",
+    "expand",
+    "gelu",
+    "getitem",
     "int4_dequantize",
     "int4_linear",
     "int4_lora_linear",
     "int4_quantize",
+    "layer_norm",
+    "linear",
+    "log",
+    "log_softmax",
+    "matmul",
+    "mean",
+    "mse",
+    "mse_loss",
+    "mul",
+    "neg",
+    "permute",
+    "pow",
+    "relu",
+    "reshape",
+    "rms_norm",
+    "rotary_embedding",
+    "scaled_dot_product_attention",
     "set_cpu_level",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "sqrt",
+    "sub",
+    "sum",
+    "swiglu",
+    "tanh",
+    "transpose",
 ]
 
 load_kernels()

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
 from entrenar.autograd.ops._library import define
+from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4 import check_packed, int4_dequantize_reference
 
 
+@overridable
 def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, *, block: int = 64) -> Tensor:
     """Apply y = x Wᵀ + b, with W in int4 (`int4_quantize`).
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
 from entrenar.autograd.ops._library import define
+from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4_linear import check_linear, int4_linear_reference, wide_bias
 
 
+@overridable
 def int4_lora_linear(
     x: Tensor,
     codes: Tensor,

@@ -1,0 +1,135 @@
+"""Our differentiable operations beside torch's, at the shapes of a training step of SmolLM2-135M (4 x 256 tokens); and
+what a tape costs around that step.
+
+Each row is one operation, forward and backward together; times_ours is torch's time over ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.harness import interleaved, print_table, ratio, refuse_if_red, write
+from entrenar.autograd import ops
+
+TESTS = ("tests/autograd",)
+BATCH, TOKENS, WIDTH, INNER, HEADS, KV_HEADS, HEAD = 4, 256, 576, 1536, 9, 3, 64
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat([-b, a], -1)
+
+
+def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]]:
+    """For each row ours, torch's, and the arguments."""
+    x, y = (torch.randn(BATCH, TOKENS, WIDTH, dtype=dtype) for _ in range(2))
+    gate, up = (torch.randn(BATCH, TOKENS, INNER, dtype=dtype) for _ in range(2))
+    weight, bias = torch.randn(WIDTH, dtype=dtype), torch.randn(WIDTH, dtype=dtype)
+    q = torch.randn(BATCH, HEADS, TOKENS, HEAD, dtype=dtype)
+    k, v = (torch.randn(BATCH, KV_HEADS, TOKENS, HEAD, dtype=dtype) for _ in range(2))
+    cos, sin = (torch.randn(1, 1, TOKENS, HEAD, dtype=dtype) for _ in range(2))
+    matrix = torch.randn(INNER, WIDTH, dtype=dtype)
+    scores = torch.randn(BATCH, HEADS, TOKENS, TOKENS, dtype=dtype)
+    causal = {"is_causal": True, "enable_gqa": True}
+    return {
+        "add": (ops.add, torch.add, (x, y)),
+        "mul": (ops.mul, torch.mul, (gate, up)),
+        "exp": (ops.exp, torch.exp, (x,)),
+        "mean": (lambda x: ops.mean(x, -1), lambda x: x.mean(-1), (x,)),
+        "relu": (ops.relu, torch.relu, (gate,)),
+        "silu": (ops.silu, F.silu, (gate,)),
+        "gelu": (ops.gelu, F.gelu, (gate,)),
+        "softmax": (lambda x: ops.softmax(x, -1), lambda x: x.softmax(-1), (scores,)),
+        "linear": (ops.linear, F.linear, (x, matrix)),
+        "matmul": (ops.matmul, torch.matmul, (scores, q)),
+        "layer_norm": (
+            lambda x, w, b: ops.layer_norm(x, (WIDTH,), w, b),
+            lambda x, w, b: F.layer_norm(x, (WIDTH,), w, b),
+            (x, weight, bias),
+        ),
+        "rms_norm": (
+            lambda x, w: ops.rms_norm(x, (WIDTH,), w),
+            lambda x, w: F.rms_norm(x, (WIDTH,), w),
+            (x, weight),
+        ),
+        "swiglu": (ops.swiglu, lambda a, b: F.silu(a) * b, (gate, up)),
+        "rotary_embedding": (
+            lambda q: ops.rotary_embedding(q, cos, sin),
+            lambda q: q * cos + rotate_half(q) * sin,
+            (q,),
+        ),
+        "attention, causal": (
+            lambda q, k, v: ops.attention(q, k, v, **causal),
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **causal),
+            (q, k, v),
+        ),
+    }
+
+
+def measure(rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, (ours, theirs, arguments) in pairs(dtype).items():
+            leaves = [x.requires_grad_() for x in arguments]
+            dy = torch.randn_like(theirs(*leaves))
+
+            def step(op: Callable[..., Tensor], leaves: list[Tensor] = leaves, dy: Tensor = dy) -> None:
+                torch.autograd.grad(op(*leaves), leaves, dy)
+
+            seconds = interleaved({"ours": lambda f=ours: step(f), "torch": lambda f=theirs: step(f)}, rounds)
+            rows.append(
+                {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "op": name,
+                    "ours_ms": round(1e3 * statistics.median(seconds["ours"]), 4),
+                    "torch_ms": round(1e3 * statistics.median(seconds["torch"]), 4),
+                    "times_ours": round(ratio(seconds["torch"], seconds["ours"]), 3),
+                }
+            )
+    return rows
+
+
+def measure_tape(rounds: int) -> dict[str, float]:
+    """Seconds of a forward and backward of the model: plain, and recorded and walked by a tape."""
+    from entrenar import Tape, load_pretrained, wrap
+    from examples.smollm2 import gguf_path
+
+    model = load_pretrained(gguf_path(), bits=4)
+    wrap(model)
+    ids = torch.randint(1000, (BATCH, TOKENS))
+
+    def plain() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    def recorded() -> None:
+        with Tape() as tape:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        tape.backward(loss)
+
+    seconds = interleaved({"plain": plain, "recorded": recorded}, rounds)
+    medians = {name: round(statistics.median(times), 3) for name, times in seconds.items()}
+    return {**medians, "recorded / plain": round(ratio(seconds["recorded"], seconds["plain"]), 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    arguments = parser.parse_args()
+    refuse_if_red(*TESTS)
+    torch.manual_seed(0)
+    rows = measure(arguments.rounds)
+    print_table(rows)
+    tape = measure_tape(max(2, arguments.rounds // 10))
+    print(tape)
+    write("ops", {"rows": rows, "tape_seconds": tape})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The gated activation of Llama's feed-forward layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from entrenar.autograd.ops._gradient import fit, layout, refuse_complex, widen
+from entrenar.autograd.ops._override import overridable
+
+
+@overridable
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Gate by SiLU: y = silu(gate) up, with silu(g) = g σ(g).
+
+    Args:
+        gate, up: floating point, broadcastable to each other.
+
+    Returns:
+        The broadcast shape and the promoted dtype of the two.
+
+    With σ = σ(gate): dgate = dy up σ (1 + gate (1 - σ)), dup = dy silu(gate). σ is computed anew: only gate and up are
+    kept. Raises TypeError for complex values.
+
+    Source: Shazeer, GLU variants improve Transformer, https://arxiv.org/abs/2002.05202.
+    """
+    refuse_complex("swiglu", gate, up)
+    return SwiGLUFunction.apply(gate, up)
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu` in plain torch."""
+    return gate * torch.sigmoid(gate) * up
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """y = g σ(g) u; dg = dy u σ (1 + g (1 - σ)), du = dy g σ."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        dgate = dup = None
+        g, dy = widen(gate), widen(dy)
+        sigma = torch.sigmoid(g)
+        silu = g * sigma
+        if ctx.needs_input_grad[0]:
+            # σ (1 + g (1 - σ)) = silu + σ (1 - silu), in one pass.
+            slope = torch.lerp(silu, silu.new_ones(()), sigma)
+            dgate = fit(dy * widen(up) * slope, layout(gate))
+        if ctx.needs_input_grad[1]:
+            dup = fit(dy * silu, layout(up))
+        return dgate, dup

@@ -1,0 +1,103 @@
+"""rotary_embedding against its reference, transformers, and finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from float64 import check_against_float64
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_db import DTYPES
+from torch.testing._internal.opinfo.core import SampleInput
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from entrenar.autograd.ops import rotary_embedding
+from entrenar.autograd.ops.rotary import rotary_embedding_reference
+
+
+def tables(length: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.outer(torch.arange(length), 10000 ** (-torch.arange(0, d, 2) / d)).repeat(1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_transformers_to_the_bit(dtype):
+    q = torch.randn(2, 7, 3, 8).to(dtype).transpose(1, 2)
+    cos, sin = (table.expand(2, 7, 8) for table in tables(7, 8, dtype))
+    expected, _ = apply_rotary_pos_emb(q, q, cos, sin)
+    assert torch.equal(rotary_embedding(q, cos.unsqueeze(1), sin.unsqueeze(1)), expected)
+
+
+@given(
+    st.sampled_from([(), (3,), (2, 3)]),
+    st.integers(0, 5),
+    st.integers(0, 4),
+    st.sampled_from(["rows", "whole", "one"]),
+    st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=100, deadline=None)
+def test_any_shape(lead, length, half, broadcast, gradients, dtype, seed):
+    torch.manual_seed(seed)
+    d = 2 * half
+    shape = {"rows": (length, d), "whole": (*lead, length, d), "one": (1, d)}[broadcast]
+    tensors = [torch.randn(*lead, length, d), torch.randn(shape), torch.randn(shape)]
+    tensors = [t.to(dtype).requires_grad_(wanted) for t, wanted in zip(tensors, gradients, strict=True)]
+    if any(gradients):
+        # Each product and each sum of 16-bit values is rounded, as in transformers.
+        check_against_float64(
+            rotary_embedding, rotary_embedding_reference, SampleInput(tensors[0], args=tuple(tensors[1:])), factor=3
+        )
+
+
+def test_derivatives_are_those_of_finite_differences():
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    cos, sin = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(rotary_embedding, (x, cos, sin))
+    assert torch.autograd.gradgradcheck(rotary_embedding, (x, cos, sin))
+
+
+def test_lengths_are_kept_and_positions_are_relative():
+    x, y = torch.randn(2, 16, dtype=torch.float64).repeat_interleave(9, 0).view(2, 9, 16)
+    cos, sin = tables(9, 16, torch.float64)
+    x, y = rotary_embedding(x, cos, sin), rotary_embedding(y, cos, sin)
+    torch.testing.assert_close(x.norm(dim=-1), x[0].norm().expand(9), rtol=1e-6, atol=0)
+    torch.testing.assert_close(x[3] @ y[5], x[6] @ y[8], rtol=1e-5, atol=1e-5)
+
+
+def test_dtypes_are_promoted():
+    x = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    y = rotary_embedding(x, *tables(3, 4))
+    assert y.dtype == torch.float32
+    assert torch.autograd.grad(y.sum(), x)[0].dtype == torch.bfloat16
+
+
+def test_x_is_not_kept_where_the_tables_are_fixed():
+    x, kept = torch.randn(3, 4, requires_grad=True), []
+    cos, sin = tables(3, 4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        rotary_embedding(x, cos, sin)
+    assert set(kept) == {cos.data_ptr(), sin.data_ptr()}
+
+
+def test_vmap():
+    x, (cos, sin) = torch.randn(5, 3, 4), tables(3, 4)
+    expected = rotary_embedding(x, cos, sin)
+    assert torch.equal(torch.func.vmap(lambda x: rotary_embedding(x, cos, sin))(x), expected)
+
+    def gradient(x):
+        return torch.func.grad(lambda x: rotary_embedding(x, cos, sin).sin().sum())(x)
+
+    assert torch.equal(torch.func.vmap(gradient)(x), gradient(x))
+
+
+@pytest.mark.parametrize(("x", "tables"), [((3, 5), (3, 5)), ((3, 4), (3, 2)), ((), (4,))])
+def test_bad_shapes_are_refused(x, tables):
+    with pytest.raises(ValueError, match="the same even number"):
+        rotary_embedding(torch.ones(x), torch.ones(tables), torch.ones(tables))
+
+
+def test_complex_values_are_refused():
+    with pytest.raises(TypeError, match="complex"):
+        rotary_embedding(torch.ones(2, 4, dtype=torch.cfloat), *tables(2, 4))
