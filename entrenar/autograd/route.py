@@ -65,6 +65,10 @@ def _not_in_place(input: Tensor, inplace: bool = False) -> bool:
     return not inplace
 
 
+def _dropout_not_in_place(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
+    return not inplace
+
+
 def _plain_dim(input: Tensor, *args: Any, **kwargs: Any) -> bool:
     return kwargs.keys() <= {"dim", "keepdim", "dtype"}
 
@@ -155,6 +159,7 @@ ROUTES: dict[Function, Function] = {
 CONDITIONS: dict[Function, Callable[..., bool]] = {
     _relu: _not_in_place,
     _silu: _not_in_place,
+    ops.dropout: _dropout_not_in_place,
     _softmax: _has_dim,
     _log_softmax: _has_dim,
     ops.sum: _plain_dim,

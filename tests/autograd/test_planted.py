@@ -11,6 +11,7 @@ import torch
 
 from entrenar.autograd import ops
 from entrenar.autograd.gradcheck import GradientError, check_gradient
+from entrenar.autograd.ops._function import Function
 
 X = torch.tensor([[0.5, -1.2, 2.0], [1.5, 0.3, -0.7]])
 POSITIVE = X.abs() + 0.5
@@ -81,7 +82,7 @@ def functions() -> dict[str, type[torch.autograd.Function]]:
     """Every Function that an operation is made of, by name."""
     modules = [importlib.import_module(f"{ops.__name__}.{m.name}") for m in pkgutil.iter_modules(ops.__path__)]
     classes = [c for m in modules for _, c in inspect.getmembers(m, inspect.isclass) if c.__module__ == m.__name__]
-    return {c.__name__: c for c in classes if issubclass(c, torch.autograd.Function)}
+    return {c.__name__: c for c in classes if issubclass(c, Function) and c is not Function}
 
 
 def spoil(gradient):

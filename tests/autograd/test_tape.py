@@ -78,6 +78,26 @@ def test_modules_are_named():
     assert all(entry.ours for entry in tape.entries)
 
 
+def test_calls_that_ours_cannot_stand_for_are_torchs():
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def compute(x):
+        y = F.relu(x * 1, inplace=True)
+        y = nn.Dropout(0.5, inplace=True)(y + 1)
+        return F.embedding(torch.tensor([0, 1]), y, scale_grad_by_freq=True).sum()
+
+    tape = assert_walks_like_torch(compute, x)
+    assert {entry.op: entry.ours for entry in tape.entries} == {
+        "mul": True,
+        "relu": False,
+        "add": True,
+        "dropout": False,
+        "tensor": False,
+        "embedding": False,
+        "sum": True,
+    }
+
+
 def test_operations_that_we_lack_are_torchs():
     tape = assert_walks_like_torch(lambda x: torch.cumsum(x, 0).sum(), torch.randn(3, requires_grad=True))
     assert [(entry.op, entry.ours) for entry in tape.entries] == [("cumsum", False), ("sum", True)]

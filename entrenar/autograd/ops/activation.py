@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex, widen
 from entrenar.autograd.ops._override import overridable
 
@@ -78,7 +79,7 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
     return LogSoftmaxFunction.apply(input, dim, dtype)
 
 
-class ReluFunction(torch.autograd.Function):
+class ReluFunction(Function):
     """y = max(x, 0); dx = dy where y > 0."""
 
     generate_vmap_rule = True
@@ -98,7 +99,7 @@ class ReluFunction(torch.autograd.Function):
         return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
-class GeluFunction(torch.autograd.Function):
+class GeluFunction(Function):
     """y = x Φ(x); dx = dy (Φ(x) + x Φ'(x))."""
 
     generate_vmap_rule = True
@@ -127,7 +128,7 @@ class GeluFunction(torch.autograd.Function):
         return (dy * (cdf + x * density)).to(input.dtype), None
 
 
-class SiluFunction(torch.autograd.Function):
+class SiluFunction(Function):
     """y = x s with s = σ(x); dx = dy s (1 + x (1 - s))."""
 
     generate_vmap_rule = True
@@ -148,7 +149,7 @@ class SiluFunction(torch.autograd.Function):
         return (dy * (s * (1 + x * (1 - s)))).to(input.dtype)
 
 
-class SigmoidFunction(torch.autograd.Function):
+class SigmoidFunction(Function):
     """y = σ(x); dx = dy y (1 - y)."""
 
     generate_vmap_rule = True
@@ -168,7 +169,7 @@ class SigmoidFunction(torch.autograd.Function):
         return (dy * ((1 - y) * y)).to(output.dtype)
 
 
-class TanhFunction(torch.autograd.Function):
+class TanhFunction(Function):
     """y = tanh x; dx = dy (1 - y²)."""
 
     generate_vmap_rule = True
@@ -188,7 +189,7 @@ class TanhFunction(torch.autograd.Function):
         return (dy * (1 - y * y)).to(output.dtype)
 
 
-class SoftmaxFunction(torch.autograd.Function):
+class SoftmaxFunction(Function):
     """y = softmax(x); dx = y (dy - Σ dy y)."""
 
     generate_vmap_rule = True
@@ -212,7 +213,7 @@ class SoftmaxFunction(torch.autograd.Function):
         return fit(dx, ctx.input), None, None
 
 
-class LogSoftmaxFunction(torch.autograd.Function):
+class LogSoftmaxFunction(Function):
     """y = log softmax(x); dx = dy - e^y Σ dy."""
 
     generate_vmap_rule = True

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from entrenar.autograd.ops._autocast import autocast
+from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex, widen
 from entrenar.autograd.ops._override import overridable
 
@@ -109,7 +110,7 @@ def _check(
         raise RuntimeError(f"attn_mask must be of torch.bool, torch.float32 or {query.dtype}, not {attn_mask.dtype}")
 
 
-class AttentionFunction(torch.autograd.Function):
+class AttentionFunction(Function):
     """O = (P M) V with P = softmax(S); dP = dO Vᵀ M, dS = P (dP - rowsum(P dP))."""
 
     generate_vmap_rule = True

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import Number, Operand, fit, layout, refuse_complex, save, saved
 from entrenar.autograd.ops._override import overridable
 
@@ -86,7 +87,7 @@ def sqrt(input: Tensor) -> Tensor:
     return SqrtFunction.apply(input)
 
 
-class AddFunction(torch.autograd.Function):
+class AddFunction(Function):
     """y = a + αb; da = dy, db = α dy."""
 
     generate_vmap_rule = True
@@ -108,7 +109,7 @@ class AddFunction(torch.autograd.Function):
         return da, db, None
 
 
-class SubFunction(torch.autograd.Function):
+class SubFunction(Function):
     """y = a - αb; da = dy, db = -α dy."""
 
     generate_vmap_rule = True
@@ -130,7 +131,7 @@ class SubFunction(torch.autograd.Function):
         return da, db, None
 
 
-class MulFunction(torch.autograd.Function):
+class MulFunction(Function):
     """y = ab; da = b dy, db = a dy."""
 
     generate_vmap_rule = True
@@ -155,7 +156,7 @@ class MulFunction(torch.autograd.Function):
         return da, db
 
 
-class DivFunction(torch.autograd.Function):
+class DivFunction(Function):
     """y = a / b; da = dy / b, db = -dy a / b². Rounded, y is piecewise constant."""
 
     generate_vmap_rule = True
@@ -185,7 +186,7 @@ class DivFunction(torch.autograd.Function):
         return da, db, None
 
 
-class NegFunction(torch.autograd.Function):
+class NegFunction(Function):
     """y = -x; dx = -dy."""
 
     generate_vmap_rule = True
@@ -203,7 +204,7 @@ class NegFunction(torch.autograd.Function):
         return -dy
 
 
-class PowFunction(torch.autograd.Function):
+class PowFunction(Function):
     """y = xᵖ; dx = dy p xᵖ⁻¹, dp = dy y log x."""
 
     generate_vmap_rule = True
@@ -244,7 +245,7 @@ class PowFunction(torch.autograd.Function):
         return dy * (y * torch.where((x == 0) & (p >= 0), 1, x).log())
 
 
-class ExpFunction(torch.autograd.Function):
+class ExpFunction(Function):
     """y = eˣ; dx = dy y."""
 
     generate_vmap_rule = True
@@ -264,7 +265,7 @@ class ExpFunction(torch.autograd.Function):
         return fit(dy * y, ctx.input)
 
 
-class LogFunction(torch.autograd.Function):
+class LogFunction(Function):
     """y = log x; dx = dy / x."""
 
     generate_vmap_rule = True
@@ -284,7 +285,7 @@ class LogFunction(torch.autograd.Function):
         return fit(dy / x, ctx.input)
 
 
-class SqrtFunction(torch.autograd.Function):
+class SqrtFunction(Function):
     """y = √x; dx = dy / 2y."""
 
     generate_vmap_rule = True

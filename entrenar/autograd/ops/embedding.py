@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import refuse_complex, widen
 from entrenar.autograd.ops._override import overridable
 
@@ -76,7 +77,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     return output
 
 
-class EmbeddingFunction(torch.autograd.Function):
+class EmbeddingFunction(Function):
     """y = W[i]; dW[v] = Σ dy over the i that equal v."""
 
     generate_vmap_rule = True
@@ -103,7 +104,7 @@ class EmbeddingFunction(torch.autograd.Function):
         return None, dw.to(dy.dtype), None
 
 
-class DropoutFunction(torch.autograd.Function):
+class DropoutFunction(Function):
     """y = x m / (1 - p); dx = dy m / (1 - p)."""
 
     generate_vmap_rule = True

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
+from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._library import define
 from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4 import check_packed, int4_dequantize_reference
@@ -70,7 +71,7 @@ define(
 )
 
 
-class Int4LinearFunction(torch.autograd.Function):
+class Int4LinearFunction(Function):
     """y = x Wᵀ + b; dx = dy W."""
 
     @staticmethod
@@ -90,7 +91,7 @@ class Int4LinearFunction(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-class Int4LinearDxFunction(torch.autograd.Function):
+class Int4LinearDxFunction(Function):
     """dx = dy W is linear in dy, so its own derivative is the forward map again."""
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
+from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._library import define
 from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4_linear import check_linear, int4_linear_reference, wide_bias
@@ -116,7 +117,7 @@ define(
 )
 
 
-class Int4LoRALinearFunction(torch.autograd.Function):
+class Int4LoRALinearFunction(Function):
     """y = x Wᵀ + b + u Bᵀ with u = scaling x Aᵀ, which is kept for dB."""
 
     @staticmethod

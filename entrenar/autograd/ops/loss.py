@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex, widen
 from entrenar.autograd.ops._override import overridable
 
@@ -96,7 +97,7 @@ def _along_classes(weight: Tensor, x: Tensor) -> Tensor:
     return weight.reshape(-1, *(1 for _ in x.shape[2:]))
 
 
-class CrossEntropyFunction(torch.autograd.Function):
+class CrossEntropyFunction(Function):
     """For each target t: y = -Σ v_c log softmax(x)_c with v = w (1 - ε) at t, plus w ε / C; dx = dy (softmax Σ v - v).
 
     The logits are kept rather than their softmax, which would be new memory of the same size.
@@ -155,7 +156,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         return dx.to(input.dtype), None, None, None, None, None
 
 
-class ProbabilityCrossEntropyFunction(torch.autograd.Function):
+class ProbabilityCrossEntropyFunction(Function):
     """y = -Σ w q log p with p = softmax(x), q = (1 - ε) target + ε / C.
 
     dx = dy (p Σ w q - w q), dtarget = -dy (1 - ε) w log p, dw = -Σ dy q log p.
@@ -197,7 +198,7 @@ class ProbabilityCrossEntropyFunction(torch.autograd.Function):
         return dx, dtarget, dw, None, None, None
 
 
-class MSELossFunction(torch.autograd.Function):
+class MSELossFunction(Function):
     """y = w (x - t)²; dx = 2 dy w (x - t), dt = -dx, dw = dy (x - t)². Of their mean, y = Σ w (x - t)² / Σ w."""
 
     generate_vmap_rule = True

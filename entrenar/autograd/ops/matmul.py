@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
+from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex
 from entrenar.autograd.ops._override import overridable
 
@@ -70,7 +71,7 @@ def _right_gradient(a: Tensor, dy: Tensor, matrix: bool) -> Tensor:
     return a.mT @ dy
 
 
-class MatmulFunction(torch.autograd.Function):
+class MatmulFunction(Function):
     """Y = A B; dA = dY Bᵀ, dB = Aᵀ dY."""
 
     generate_vmap_rule = True
@@ -103,7 +104,7 @@ class MatmulFunction(torch.autograd.Function):
         return da, db
 
 
-class LinearFunction(torch.autograd.Function):
+class LinearFunction(Function):
     """Y = X Wᵀ + b; dX = dY W, dW = dYᵀ X, db = Σ dY."""
 
     generate_vmap_rule = True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex, widen
 from entrenar.autograd.ops._override import overridable
 
@@ -67,7 +68,7 @@ def rms_norm(
     return RMSNormFunction.apply(input, normalized_shape, weight, eps)
 
 
-class LayerNormFunction(torch.autograd.Function):
+class LayerNormFunction(Function):
     """dx = r (g - mean(g) - x̂ mean(g x̂)) with g = w dy: what dy has of the constant and of x̂ moves neither."""
 
     generate_vmap_rule = True
@@ -108,7 +109,7 @@ class LayerNormFunction(torch.autograd.Function):
         return dx, None, dw, db, None
 
 
-class RMSNormFunction(torch.autograd.Function):
+class RMSNormFunction(Function):
     """dx = r (g - x̂ mean(g x̂)) with g = w dy: what dy has of x̂ itself does not move it."""
 
     generate_vmap_rule = True

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import refuse_complex
 from entrenar.autograd.ops._override import overridable
 
@@ -61,7 +62,7 @@ def _repeat(dy: Tensor, shape: torch.Size, dims: tuple[int, ...], keepdim: bool)
     return dy.expand(shape)
 
 
-class SumFunction(torch.autograd.Function):
+class SumFunction(Function):
     """y = Σ xᵢ; dxᵢ = dy."""
 
     generate_vmap_rule = True
@@ -80,7 +81,7 @@ class SumFunction(torch.autograd.Function):
         return _repeat(dy.to(ctx.dtype), ctx.shape, ctx.dims, ctx.keepdim), None, None, None
 
 
-class MeanFunction(torch.autograd.Function):
+class MeanFunction(Function):
     """y = Σ xᵢ / n; dxᵢ = dy / n."""
 
     generate_vmap_rule = True

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex
 from entrenar.autograd.ops._override import overridable
 
@@ -44,7 +45,7 @@ def rotary_embedding_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos_a - b * sin_a, b * cos_b + a * sin_b], dim=-1)
 
 
-class RotaryEmbeddingFunction(torch.autograd.Function):
+class RotaryEmbeddingFunction(Function):
     """y = x cos + R x sin; dx = dy cos - R (dy sin). It is linear in x, which is kept for dcos and dsin only."""
 
     generate_vmap_rule = True

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex, widen
 from entrenar.autograd.ops._override import overridable
 
@@ -120,7 +121,7 @@ def _dims(item: Any) -> int:
     return 0 if item is None or item is Ellipsis else 1
 
 
-class ReshapeFunction(torch.autograd.Function):
+class ReshapeFunction(Function):
     """The same elements in another shape, forward and back."""
 
     generate_vmap_rule = True
@@ -138,7 +139,7 @@ class ReshapeFunction(torch.autograd.Function):
         return dy.reshape(ctx.shape), None
 
 
-class TransposeFunction(torch.autograd.Function):
+class TransposeFunction(Function):
     """A swap is its own inverse."""
 
     generate_vmap_rule = True
@@ -156,7 +157,7 @@ class TransposeFunction(torch.autograd.Function):
         return dy.transpose(ctx.dim0, ctx.dim1), None, None
 
 
-class PermuteFunction(torch.autograd.Function):
+class PermuteFunction(Function):
     """The dimensions in another order; dx by the inverse permutation."""
 
     generate_vmap_rule = True
@@ -175,7 +176,7 @@ class PermuteFunction(torch.autograd.Function):
         return dy.permute(ctx.inverse), None
 
 
-class ExpandFunction(torch.autograd.Function):
+class ExpandFunction(Function):
     """Repetition; dx adds up what became of each element."""
 
     generate_vmap_rule = True
@@ -193,7 +194,7 @@ class ExpandFunction(torch.autograd.Function):
         return fit(dy, ctx.input), None
 
 
-class CatFunction(torch.autograd.Function):
+class CatFunction(Function):
     """Joined tensors; each gradient is its piece of dy."""
 
     generate_vmap_rule = True
@@ -224,7 +225,7 @@ class CatFunction(torch.autograd.Function):
         return tuple(gradients)
 
 
-class SliceFunction(torch.autograd.Function):
+class SliceFunction(Function):
     """y = x[index] by integers, slices and None; dx[index] = dy, and 0 elsewhere."""
 
     generate_vmap_rule = True
@@ -245,7 +246,7 @@ class SliceFunction(torch.autograd.Function):
         return dx, None
 
 
-class IndexFunction(torch.autograd.Function):
+class IndexFunction(Function):
     """y = x[picks], a None standing for a whole dimension; dx adds dy up at each element picked."""
 
     generate_vmap_rule = True

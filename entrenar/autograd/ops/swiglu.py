@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex, widen
 from entrenar.autograd.ops._override import overridable
 
@@ -36,7 +37,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-class SwiGLUFunction(torch.autograd.Function):
+class SwiGLUFunction(Function):
     """y = g σ(g) u; dg = dy u σ (1 + g (1 - σ)), du = dy g σ."""
 
     generate_vmap_rule = True
