@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
+MINUTES ?= 20
 
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DATA := $(RUN)/data
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help finetune test check format bench cuda clean
+.PHONY: help finetune test check format bench coverage mutants cuda clean
 
 help:
 	@echo 'make finetune  fine-tune SmolLM2-135M-Instruct on questions about the Python library, into $(RUN)'
@@ -16,6 +17,8 @@ help:
 	@echo 'make check     lint, formatting, types, layering'
 	@echo 'make format    format the Python sources'
 	@echo 'make bench     compare speed, memory and error with the peers, into benchmarks/results'
+	@echo 'make coverage  run the tests, and say which lines and branches they reach'
+	@echo 'make mutants   change the package in small ways for $(MINUTES) minutes, and see whether a test fails'
 	@echo 'make cuda      compile the CUDA sources (needs nvcc)'
 	@echo 'make clean     remove what was built'
 
@@ -40,6 +43,14 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+coverage: export COVERAGE_FILE = build/coverage
+coverage: $(READY)
+	$(BIN)/python -m pytest -q --cov=entrenar --cov-branch --cov-report=term:skip-covered
+	$(BIN)/coverage report --format=markdown > benchmarks/results/coverage.md
+
+mutants: $(READY)
+	$(BIN)/python tests/mutation entrenar/optim entrenar/lora entrenar/autograd --minutes $(MINUTES)
 
 cuda: $(READY)
 	@command -v nvcc >/dev/null || { echo 'nvcc is missing: install the CUDA toolkit' >&2; exit 1; }

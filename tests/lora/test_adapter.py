@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import peft
@@ -109,7 +110,7 @@ def test_ours_in_peft_on_the_dense_model(tmp_path, names, ranks, alphas):
         {"target_modules": r".*\.1\.mlp\.\w+_proj", "lora_dropout": 0.1},
         {
             "target_modules": ["q_proj", "down_proj"],
-            "rank_pattern": {"down_proj": 2, r"^model\.layers\.1\.self_attn\.q_proj": 3},
+            "rank_pattern": {"down_proj": 1, r"^model\.layers\.1\.self_attn\.q_proj": 3},
             "alpha_pattern": {"layers.0.mlp.down_proj": 5},
         },
         {"target_modules": ["k_proj"], "layers_to_transform": [1], "init_lora_weights": "gaussian"},
@@ -127,6 +128,8 @@ def test_peft_in_ours(tmp_path, config):
     assert len(trains) == sum("lora_" in name for name, _ in theirs.named_parameters())
     assert all(".lora_" in name for name in trains)
     assert not any(module.training for module in ours.modules())
+    dropouts = {module.dropout.p for module in ours.modules() if isinstance(module, LoRALayer)}
+    assert dropouts == {config.get("lora_dropout", 0.0)}
 
     save_adapter(ours, tmp_path / "again")
     again = peft.PeftModel.from_pretrained(tiny(), tmp_path / "again")
@@ -193,6 +196,11 @@ def test_the_two_files(tmp_path):
     read = peft.PeftConfig.from_pretrained(tmp_path)
     assert isinstance(read, peft.LoraConfig)
     assert (read.r, read.lora_alpha, read.task_type, read.inference_mode) == (4, 8, "CAUSAL_LM", True)
+    assert config["base_model_name_or_path"] is None
+
+    ours.config._name_or_path = "someone/model"
+    save_adapter(ours, tmp_path)
+    assert peft.PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == "someone/model"
 
 
 NAMES = st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=3).map(".".join), unique=True, min_size=1)
@@ -212,6 +220,11 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
+def change_config(directory: Path, **change) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
 def untouched(model: nn.Module, directory: Path, message: str) -> None:
     """Loading fails with the message and leaves the model as it was."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -227,12 +240,58 @@ def untouched(model: nn.Module, directory: Path, message: str) -> None:
 def test_adapter_of_another_model(tmp_path):
     directory = saved(tmp_path)
     untouched(tiny(num_hidden_layers=1), directory, r"this LlamaForCausalLM, which has no model\.layers\.1\.self_attn")
-    untouched(tiny(hidden_size=32), directory, r"q_proj maps 32 to 32 features, and its adapter 64 to 64")
-    untouched(adapt(tiny(hidden_size=32), QV), directory, r"q_proj maps 32 to 32 features, and its adapter 64 to 64")
+    sizes = rf"^{re.escape(str(directory))}: .*q_proj maps 32 to 32 features, and its adapter 64 to 64"
+    untouched(tiny(hidden_size=32), directory, sizes)
+    untouched(adapt(tiny(hidden_size=32), QV), directory, sizes)
+    untouched(adapt(tiny(), QV[:1]), directory, r"missing are nothing; superfluous are \S+, \S+, \S+$")
     untouched(
         adapt(tiny(), QV[:3]), directory, r"missing are nothing; superfluous are model\.layers\.1\.self_attn\.v_proj$"
     )
     untouched(adapt(tiny(), linears(tiny())), directory, r"missing are lm_head, .* and 8 more; superfluous are nothing")
+
+
+def test_the_model_that_an_adapter_was_made_for_is_named(tmp_path):
+    directory = saved(tmp_path)
+    untouched(tiny(num_hidden_layers=1), directory, "it was made for a model that it does not name$")
+    change_config(directory, base_model_name_or_path="someone/model")
+    untouched(tiny(num_hidden_layers=1), directory, "it was made for someone/model$")
+
+
+# Of PEFT's settings, those that leave the result of a saved adapter as it is.
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"auto_mapping": {"base_model_class": "LlamaForCausalLM"}},
+        {"base_model_name_or_path": "someone/model"},
+        {"eva_config": {"rho": 2.0}},
+        {"exclude_modules": ["lm_head"]},
+        {"init_lora_weights": False},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "eva"},
+        {"init_lora_weights": "orthogonal"},
+        {"layers_pattern": "layers"},
+        {"layers_to_transform": [0, 1]},
+        {"megatron_core": "megatron.core"},
+        {"peft_version": "0.21.2"},
+        {"qalora_group_size": 16},
+        {"revision": "main"},
+        {"task_type": "CAUSAL_LM"},
+    ],
+    ids=lambda setting: "-".join(map(str, *setting.items())),
+)
+def test_settings_that_say_nothing_of_the_result(tmp_path, setting):
+    directory = saved(tmp_path)
+    expected = logits(load_adapter(tiny(), directory))
+    change_config(directory, **setting)
+    assert torch.equal(logits(load_adapter(tiny(), directory)), expected)
+
+
+def test_loading_finishes_a_save_that_was_killed(tmp_path):
+    directory = saved(tmp_path)
+    (tmp_path / ".adapter.saving").mkdir()
+    (directory / "adapter_config.json").rename(tmp_path / ".adapter.saving" / "adapter_config.json")
+    load_adapter(tiny(), directory)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
 def test_adapter_of_another_rank_or_scaling(tmp_path):
@@ -297,9 +356,9 @@ KEY_A = f"base_model.model.{QV[0]}.lora_A.weight"
     ],
 )
 def test_bad_config(tmp_path, change, message):
-    path = saved(tmp_path) / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    untouched(tiny(), path.parent, message)
+    directory = saved(tmp_path)
+    change_config(directory, **change)
+    untouched(tiny(), directory, message)
 
 
 def test_dora_of_peft_is_refused_by_name(tmp_path):

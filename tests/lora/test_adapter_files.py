@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import resource
 import subprocess
 import sys
@@ -46,8 +47,9 @@ def names(directory: Path) -> list[str]:
 def test_model_adapter_survives_a_full_disk(tmp_path):
     old, new, read = adapted(0), adapted(1), adapted(2)
     save_adapter(old, tmp_path / "adapter")
-    with disk_full_after(4096), pytest.raises(OSError, match=r"cannot write .*too large"):
+    with disk_full_after(4096), pytest.raises(OSError, match=r"cannot write .*too large") as error:
         save_adapter(new, tmp_path / "adapter")
+    assert error.value.errno == errno.EFBIG
     assert names(tmp_path) == ["adapter"]
     assert same_adapter(load_adapter(read, tmp_path / "adapter"), old)
     with disk_full_after(4096), pytest.raises(OSError, match=r"cannot write .*too large"):
@@ -72,6 +74,22 @@ def test_other_files_in_the_directory_stay(tmp_path):
     assert names(tmp_path / "adapter") == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert (tmp_path / "adapter" / "README.md").read_text() == "mine"
     assert names(tmp_path) == ["adapter"]
+
+
+def test_missing_parents_are_made(tmp_path):
+    model = adapted(0)
+    save_adapter(model, tmp_path / "runs" / "1" / "adapter")
+    assert same_adapter(load_adapter(adapted(1), tmp_path / "runs" / "1" / "adapter"), model)
+    save_adapter(model[0], tmp_path / "layers" / "1" / "adapter.json")
+    assert names(tmp_path / "layers" / "1") == ["adapter.json"]
+
+
+def test_the_error_is_that_of_the_write(tmp_path):
+    def fail(path: Path) -> None:
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        files.write_file(tmp_path / "adapter.json", fail)
 
 
 def test_a_file_in_the_way(tmp_path):

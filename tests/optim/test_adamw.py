@@ -159,6 +159,30 @@ def test_long_names():
     assert AdamW([param], beta2=0.5).defaults["betas"] == (0.9, 0.5)
 
 
+def test_defaults_are_torchs():
+    param = torch.nn.Parameter(torch.zeros(1))
+    ours, theirs = AdamW([param]).defaults, torch.optim.AdamW([param]).defaults
+    assert ours == {name: theirs[name] for name in ("lr", "betas", "eps", "weight_decay")}
+
+
+def test_settings_at_the_edge_of_their_range():
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = AdamW([param], lr=0.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0)
+    param.grad = torch.tensor([1.0, -2.0])
+    assert optimizer.step() is None
+    assert torch.equal(param, torch.ones(2))
+    # Without memory and eps the step is the sign of the gradient.
+    optimizer.set_lr(0.5)
+    optimizer.step()
+    assert torch.equal(param, torch.tensor([0.5, 1.5]))
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.99, 0.999)])
+def test_a_group_has_two_betas(betas):
+    with pytest.raises(ValueError, match="zip"):
+        AdamW([{"params": [torch.nn.Parameter(torch.zeros(1))], "betas": betas}])
+
+
 @pytest.mark.parametrize(
     ("setting", "name"),
     [
@@ -181,10 +205,11 @@ def test_settings_out_of_range(setting, name):
 
 def test_frozen_bytes_are_refused():
     codes = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
-    optimizer = AdamW([torch.nn.Parameter(torch.zeros(1))])
+    trained = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    optimizer = AdamW([{"params": [param]} for param in trained])
     with pytest.raises(TypeError, match=r"parameter 0 of the group is torch\.uint8"):
         optimizer.add_param_group({"params": [codes]})
-    assert len(optimizer.param_groups) == 1
+    assert [group["params"] for group in optimizer.param_groups] == [[param] for param in trained]
 
 
 def test_sparse_gradients_are_refused_before_anything_changes():

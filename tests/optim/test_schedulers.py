@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -54,3 +56,10 @@ def test_bad_arguments(arguments, message):
 def test_negative_step():
     with pytest.raises(ValueError, match="this one is -1"):
         CosineScheduler(0.1, 0.0, 10).get_lr(-1)
+
+
+def test_the_settings_stay():
+    scheduler = CosineScheduler(0.1, 0.0, 10)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        scheduler.total_steps = 20
+    assert {scheduler: "by its settings"}[CosineScheduler(0.1, 0.0, 10)]

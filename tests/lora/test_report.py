@@ -1,0 +1,47 @@
+"""The words and figures of the report."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from entrenar.lora import Int4Linear, wrap
+from entrenar.lora.report import storage_bytes
+
+
+def small() -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "embed": nn.Embedding(10, 64, dtype=torch.bfloat16),
+            "blocks": nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(2)),
+            "out": nn.Linear(64, 3, bias=False),
+        }
+    )
+
+
+def test_the_table():
+    # 2 blocks of 4096 codes in half a byte and 64 scales of 2 bytes, and adapters of 2 x (64 + 64) in float32.
+    assert str(wrap(small(), rank=2, targets=["blocks.0", "blocks.1"])).splitlines() == [
+        "layer     count  weight   kept in",
+        "blocks.*  2      64 x 64  int4      LoRA r=2",
+        "embed     1      10 x 64  bfloat16  not in int4: Embedding",
+        "out       1      3 x 64   float32   not in int4: not a target",
+        "trainable: 512 of 9,536 parameters (5.37 %)",
+        "bytes: 34,816 before, 8,448 after, adapters included",
+    ]
+
+
+def test_the_table_without_int4():
+    lines = str(wrap(small(), rank=2, targets=["out"], bits=None)).splitlines()
+    assert lines[1].split() == ["out", "1", "3", "x", "64", "float32", "LoRA", "r=2"]
+    assert "out       1      3 x 64   float32   not in int4: bits=None" in lines
+
+
+def test_int4_weights_count_by_their_elements():
+    model = small()
+    model["out"] = Int4Linear.from_weight(model["out"].weight)
+    assert wrap(model, rank=2, targets=["blocks.0"]).base_parameters == 640 + 2 * 4096 + 192
+
+
+def test_tensors_without_memory_count_one_by_one():
+    assert storage_bytes(nn.Linear(8, 4, device="meta")) == 4 * (8 * 4 + 4)

@@ -1,0 +1,47 @@
+"""What `wrap` makes of its arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from entrenar.lora import LoRALayer, QLoRALayer, wrap
+
+
+def test_defaults():
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU())
+    weight, bias = model[0].weight, model[0].bias
+    wrap(model)
+    layer = model[0]
+    assert (layer.rank, layer.alpha, layer.scaling, layer.dropout.p) == (16, 32, 2.0, 0.0)
+    expected = QLoRALayer(nn.Linear(64, 32), rank=1, alpha=1).base.from_weight(weight, bias)
+    assert torch.equal(layer.base.codes, expected.codes)
+    assert torch.equal(layer.base.scales, expected.scales)
+    assert torch.equal(layer.base.bias, bias)
+
+
+def test_settings_reach_the_layers():
+    model = nn.Sequential(nn.Linear(64, 32))
+    wrap(model, rank=2, alpha=6, dropout=0.25, block=32, scale_dtype=torch.float32)
+    layer = model[0]
+    assert (layer.rank, layer.alpha, layer.dropout.p, layer.base.block) == (2, 6, 0.25, 32)
+    assert layer.base.scales.shape == (32, 2 * 4)
+
+
+def test_all_linear_by_name():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    assert list(wrap(model, targets="all-linear").adapted) == ["0", "1"]
+    assert all(isinstance(layer, LoRALayer) for layer in model)
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "message"),
+    [
+        (nn.Sequential(nn.ReLU()), "all-linear", r"matches 'all-linear'; .* end in: \(there are none\)$"),
+        (nn.Sequential(nn.Linear(8, 8)), [], r"matches '\(an empty list\)'; .* end in: 0$"),
+    ],
+)
+def test_nothing_to_wrap(model, targets, message):
+    with pytest.raises(ValueError, match=message):
+        wrap(model, targets=targets)
