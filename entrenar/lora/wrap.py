@@ -64,11 +64,15 @@ def wrap(
 
     base_parameters = count_parameters(model)
     model.requires_grad_(False)
-    replacements = {id(chosen[name]): layer for name, layer in adapted.items()}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in replacements:
-            model.set_submodule(name, replacements[id(module)])
+    replace_modules(model, {chosen[name]: layer for name, layer in adapted.items()})
     return WrapReport(adapted, kept, base_parameters, bytes_before, storage_bytes(model))
+
+
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put new modules in the places of old ones; one that stands at two places of the model stays one."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements:
+            model.set_submodule(name, replacements[module])
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

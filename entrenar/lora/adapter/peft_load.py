@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from entrenar.lora.adapter.files import finish_writing
 from entrenar.lora.adapter.peft_save import CONFIG, FILES, WEIGHTS, lora_layers
 from entrenar.lora.layers import LoRALayer
-from entrenar.lora.wrap import linear_layers
+from entrenar.lora.wrap import linear_layers, replace_modules
 
 KEY_PATTERN = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
@@ -114,15 +114,13 @@ def _check_shapes(name: str, adapter: LayerAdapter, d_in: int, d_out: int, direc
 
 
 def _wrap(model: nn.Module, adapters: dict[str, LayerAdapter], dropout: float) -> dict[str, LoRALayer]:
-    layers, replaced = {}, {}
+    layers: dict[str, LoRALayer] = {}
+    replacements: dict[nn.Module, nn.Module] = {}
     for name, adapter in adapters.items():
         base = model.get_submodule(name)
         layer = LoRALayer(base, rank=adapter.rank, alpha=adapter.alpha, dropout=dropout).train(base.training)
-        layers[name] = replaced[id(base)] = layer
-    # A layer that stands at two places of the model stays one layer.
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in replaced:
-            model.set_submodule(name, replaced[id(module)])
+        layers[name] = replacements[base] = layer
+    replace_modules(model, replacements)
     return layers
 
 
