@@ -50,7 +50,7 @@ def cross_entropy(
     refuse_complex("cross_entropy", input, target, weight)
     if size_average is not None or reduce is not None:
         raise TypeError("cross_entropy takes no size_average and no reduce: use reduction")
-    input = _autocast(input)
+    input = _autocast_to_float32(input)
     if target.shape == input.shape:
         return ProbabilityCrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, label_smoothing)
     return CrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, label_smoothing)
@@ -78,13 +78,13 @@ def mse_loss(
     refuse_complex("mse_loss", input, target, weight)
     if size_average is not None or reduce is not None:
         raise TypeError("mse_loss takes no size_average and no reduce: use reduction")
-    return MSELossFunction.apply(_autocast(input), target, reduction, weight)
+    return MSELossFunction.apply(_autocast_to_float32(input), target, reduction, weight)
 
 
 mse = mse_loss
 
 
-def _autocast(x: Tensor) -> Tensor:
+def _autocast_to_float32(x: Tensor) -> Tensor:
     return widen(x) if torch.is_autocast_enabled(x.device.type) else x
 
 

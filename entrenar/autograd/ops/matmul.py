@@ -30,7 +30,7 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     Gradients: dy otherᵀ and inputᵀ dy, each summed over the dimensions along which its operand was broadcast.
     """
     refuse_complex("matmul", input, other)
-    return MatmulFunction.apply(_autocast(input), _autocast(other))
+    return MatmulFunction.apply(autocast(input), autocast(other))
 
 
 @overridable
@@ -48,12 +48,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Gradients: dy W; and with all leading dimensions as rows, dyᵀ input and the sum of dy.
     """
     refuse_complex("linear", input, weight, bias)
-    return LinearFunction.apply(_autocast(input), _autocast(weight), None if bias is None else _autocast(bias))
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """`x` as torch.autocast casts it, which leaves float64 and integers as they are."""
-    return autocast(x) if x.is_floating_point() and x.dtype != torch.float64 else x
+    return LinearFunction.apply(autocast(input), autocast(weight), None if bias is None else autocast(bias))
 
 
 def _left_gradient(dy: Tensor, b: Tensor, matrix: bool) -> Tensor:
