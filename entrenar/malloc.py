@@ -14,8 +14,10 @@ def keep_freed_memory() -> None:
 
     By default glibc maps every block above 32 MiB anew and unmaps it when it is freed. The temporaries of a training
     step are such blocks, and faulting their pages in again costs time in every step; kept blocks that do not fit the
-    next request cost peak memory in return. `python -m benchmarks.training_step` measures both. For programs to call at their start: a library has no
-    business changing its host's allocator. Other C libraries have no such setting, and are left alone.
+    next request cost peak memory in return. `python -m benchmarks.training_step` measures both.
+
+    For programs to call at their start: a library has no business changing its host's allocator. Other C libraries
+    have no such setting, and are left alone.
     """
     if not sys.platform.startswith("linux"):
         return
