@@ -14,7 +14,7 @@ ROOT = next(p for p in map(pathlib.Path, entrenar.__path__) if (p / "__init__.py
 LAYERS = [
     ["entrenar.autograd.ops"],
     ["entrenar.autograd", "entrenar.optim", "entrenar.lora.layers"],
-    ["entrenar.lora", "entrenar.checkpoint"],
+    ["entrenar.fusion", "entrenar.lora", "entrenar.checkpoint"],
     ["entrenar.training"],
     ["entrenar.cli", "entrenar.malloc"],
     ["entrenar.__main__"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -168,6 +169,11 @@ class QLoRALayer(LoRALayer):
         elif not isinstance(base, Int4Linear):
             raise ValueError(f"{type(base).__name__} cannot be quantized: give an nn.Linear, an Int4Linear or a weight")
         super().__init__(base, d_out, d_in, rank=rank, alpha=alpha, dropout=dropout)
+
+
+def apply_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Each of the layers at the same x."""
+    return [layer(x) for layer in layers]
 
 
 def _check_features(x: Tensor, in_features: int) -> None:

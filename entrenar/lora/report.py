@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from entrenar.fusion.fuse import FusionReport
 from entrenar.lora.layers import Int4Linear, LoRALayer
 
 
@@ -30,6 +31,7 @@ class WrapReport:
         kept: each matrix that was not quantized, with the reason.
         base_parameters: parameters of the model before, an int4 weight counted by its elements.
         bytes_before, bytes_after: bytes of all parameters and buffers.
+        fusion: which modules were replaced by faster ones; None if that was not asked for.
     """
 
     adapted: dict[str, nn.Module]
@@ -37,6 +39,7 @@ class WrapReport:
     base_parameters: int
     bytes_before: int
     bytes_after: int
+    fusion: FusionReport | None = None
 
     @property
     def trainable_parameters(self) -> int:
@@ -71,6 +74,7 @@ class WrapReport:
             f"trainable: {self.trainable_parameters:,} of {self.base_parameters + self.trainable_parameters:,} "
             f"parameters ({100 * self.trainable_share:.2f} %)\n"
             f"bytes: {self.bytes_before:,} before, {self.bytes_after:,} after, adapters included"
+            + (f"\n{self.fusion}" if self.fusion and (self.fusion.fused or self.fusion.kept) else "")
         )
 
 

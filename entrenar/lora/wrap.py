@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from entrenar.fusion.fuse import fuse as fuse_modules
 from entrenar.lora.layers import Int4Linear, LoRALayer, QLoRALayer
+from entrenar.lora.replace import replace_modules
 from entrenar.lora.report import Kept, WrapReport, count_parameters, storage_bytes
 
 ALL_LINEAR = "all-linear"
@@ -22,6 +24,7 @@ def wrap(
     bits: int | None = 4,
     dropout: float = 0.0,
     *,
+    fuse: bool = True,
     block: int = 64,
     scale_dtype: torch.dtype = torch.float16,
 ) -> WrapReport:
@@ -35,6 +38,8 @@ def wrap(
             expression that must match the whole name. The head is wrapped only if it is named.
         bits: 4 keeps the wrapped weights in int4, None keeps them as they are. Weights that are int4 already stay so. A
             weight that is shared with another module (a tied head) is never quantized, so that it stays shared.
+        fuse: replace norms, feed-forward and attention layers by faster ones where `entrenar.fuse` finds that they
+            compute the same; False leaves every module but the targets alone.
         block, scale_dtype: of the int4 format, as in int4_quantize.
 
     Returns:
@@ -65,14 +70,8 @@ def wrap(
     base_parameters = count_parameters(model)
     model.requires_grad_(False)
     replace_modules(model, {chosen[name]: layer for name, layer in adapted.items()})
-    return WrapReport(adapted, kept, base_parameters, bytes_before, storage_bytes(model))
-
-
-def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Put new modules in the places of old ones; one that stands at two places of the model stays one."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in replacements:
-            model.set_submodule(name, replacements[module])
+    fused = fuse_modules(model) if fuse else None
+    return WrapReport(adapted, kept, base_parameters, bytes_before, storage_bytes(model), fused)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

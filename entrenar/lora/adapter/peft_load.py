@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from entrenar.lora.adapter.files import finish_writing
 from entrenar.lora.adapter.peft_save import CONFIG, FILES, WEIGHTS, lora_layers
 from entrenar.lora.layers import LoRALayer
-from entrenar.lora.wrap import linear_layers, replace_modules
+from entrenar.lora.replace import replace_modules
+from entrenar.lora.wrap import linear_layers
 
 KEY_PATTERN = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 

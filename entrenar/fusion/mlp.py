@@ -1,0 +1,39 @@
+"""Llama's feed-forward layer, whose activation is computed anew in the backward instead of being kept."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from entrenar.autograd.ops.swiglu import swiglu
+from entrenar.autograd.recompute import recomputed
+from entrenar.fusion.structure import NotFusableError, require_children
+from entrenar.lora.layers import apply_together
+
+
+class FusedMLP(nn.Module):
+    """y = down(silu(gate(x)) up(x)).
+
+    Args:
+        gate_proj, up_proj: layers that map x to the inner width; down_proj: one that maps it back.
+    """
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj = gate_proj
+        self.up_proj = up_proj
+        self.down_proj = down_proj
+
+    @classmethod
+    def of(cls, mlp: nn.Module) -> FusedMLP:
+        """The fused module with the layers of `mlp`. Raises NotFusableError where it is something else."""
+        require_children(mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"})
+        if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+            raise NotFusableError(f"has the activation {type(mlp.act_fn).__name__}, not SiLU")
+        return cls(mlp.gate_proj, mlp.up_proj, mlp.down_proj)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., width] to [..., width]."""
+        gate, up = apply_together((self.gate_proj, self.up_proj), x)
+        inner = swiglu(gate, up)
+        with recomputed(inner, swiglu, gate, up):
+            return self.down_proj(inner)

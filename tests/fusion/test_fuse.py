@@ -1,0 +1,284 @@
+"""Fused modules in models of transformers: the same results, in every way such a model is used."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import make
+from torch import nn
+from transformers import StaticCache
+
+from entrenar import Tape, fuse, wrap
+from entrenar.fusion import FusedAttention, FusedMLP, FusedRMSNorm
+from entrenar.lora import LoRALayer
+
+IDS = torch.arange(3, 39).view(2, 18)
+
+
+def twins(family: str = "llama", dtype: torch.dtype = torch.float32, **settings):
+    """A wrapped and fused model, and the same one with its own modules; B is not zero, so that A has gradients."""
+    plain = make(family, **settings).to(dtype)
+    wrap(plain, rank=4, alpha=8, fuse=False)
+    for layer in plain.modules():
+        if isinstance(layer, LoRALayer):
+            nn.init.normal_(layer.lora_B, std=0.1)
+        elif type(layer).__name__.endswith("RMSNorm"):
+            nn.init.normal_(layer.weight, 1.0, 0.2)
+    fused = copy.deepcopy(plain)
+    return fused, plain, fuse(fused)
+
+
+def loss_and_gradients(model: nn.Module, **inputs):
+    loss = model(IDS, labels=IDS, use_cache=False, **inputs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_training(fused, plain, rtol=1e-4, **inputs):
+    loss, gradients = loss_and_gradients(fused, **inputs)
+    expected_loss, expected = loss_and_gradients(plain, **inputs)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= rtol * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_fused_model_trains_as_the_plain_one(family):
+    fused, plain, report = twins(family)
+    assert report.kept == {}
+    assert set(report.fused.values()) == {"FusedAttention", "FusedMLP", "FusedRMSNorm"}
+    assert_same_training(fused, plain)
+
+
+def test_adapter_gradients_agree_in_bfloat16():
+    fused, plain, report = twins(dtype=torch.bfloat16)
+    assert report.kept == {}
+    exact = copy.deepcopy(plain).float()
+    _, found = loss_and_gradients(fused)
+    _, expected = loss_and_gradients(exact)
+    for name, gradient in found.items():
+        assert torch.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) >= 0.999, name
+
+
+def test_padding_mask_reaches_the_attention():
+    fused, plain, _ = twins()
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    assert_same_training(fused, plain, attention_mask=mask)
+
+
+def test_sliding_window_reaches_the_attention():
+    fused, plain, report = twins("mistral", sliding_window=4)
+    assert report.kept == {}
+    assert_same_training(fused, plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_changes_nothing(reentrant):
+    fused, plain, _ = twins()
+    fused.train(), plain.train()
+    fused.activation_checkpointing_enable({"use_reentrant": reentrant})
+    fused.enable_input_require_grads()
+    assert_same_training(fused, plain)
+
+
+def test_attention_dropout_applies_in_training_only():
+    fused, plain, _ = twins(attention_dropout=0.5)
+    torch.testing.assert_close(fused(IDS).logits, plain(IDS).logits)
+    fused.train()
+    assert not torch.allclose(fused(IDS).logits, plain(IDS).logits)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+def test_generates_the_same_tokens(cache):
+    fused, plain, _ = twins()
+    settings = {"max_new_tokens": 8, "do_sample": False, "use_cache": cache != "none"}
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0
+    for attention_mask in (torch.ones_like(IDS), mask):
+        tokens = []
+        for model in (fused, plain):
+            static = {"past_key_values": StaticCache(model.config, max_cache_len=40)} if cache == "static" else {}
+            tokens.append(model.generate(IDS, attention_mask=attention_mask, **settings, **static))
+        assert torch.equal(*tokens)
+
+
+def test_state_dict_keeps_its_names_and_tensors():
+    fused, plain, _ = twins()
+    expected = plain.state_dict()
+    found = fused.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    fused.load_state_dict(expected)
+
+
+def test_copies_are_independent():
+    fused, _, _ = twins()
+    copied = copy.deepcopy(fused)
+    assert torch.equal(copied(IDS).logits, fused(IDS).logits)
+    nn.init.zeros_(copied.model.layers[0].self_attn.o_proj.lora_B)
+    assert not torch.equal(copied(IDS).logits, fused(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_decoder_layer_compiles_without_graph_breaks():
+    fused, plain, _ = twins()
+    layer, x = fused.model.layers[0], torch.randn(2, 6, 64, requires_grad=True)
+    position = fused.model.rotary_emb(x, torch.arange(6).unsqueeze(0))
+    compiled = torch.compile(lambda x: layer(x, position_embeddings=position), fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    expected = plain.model.layers[0](x, position_embeddings=position)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    (expected_dx,) = torch.autograd.grad(expected.sum(), x)
+    torch.testing.assert_close(dx, expected_dx, rtol=1e-4, atol=1e-4)
+
+
+def test_tape_sees_through_the_fused_modules():
+    fused, _, _ = twins()
+    with Tape() as tape:
+        loss = fused(IDS, labels=IDS, use_cache=False).loss
+    tape.backward(loss)
+    found = {name: p.grad.clone() for name, p in fused.named_parameters() if p.requires_grad}
+    fused.zero_grad()
+    _, expected = loss_and_gradients(fused)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    assert {"scaled_dot_product_attention", "swiglu", "rms_norm", "rotary_embedding"} <= {
+        entry.op for entry in tape.entries
+    }
+
+
+def test_other_models_keep_their_classes():
+    fused, plain, _ = twins()
+    assert type(plain.model.layers[0].mlp).__name__ == "LlamaMLP"
+    assert type(fused.model.layers[0].mlp) is FusedMLP
+    assert type(fused.model.layers[0].self_attn) is FusedAttention
+    assert type(fused.model.norm) is FusedRMSNorm
+    assert type(make().model.norm).__name__ == "LlamaRMSNorm"
+
+
+def test_wrap_fuses_unless_told_otherwise():
+    assert isinstance(make_wrapped().model.norm, FusedRMSNorm)
+    assert not any(isinstance(m, (FusedMLP, FusedRMSNorm)) for m in make_wrapped(fuse=False).modules())
+
+
+def make_wrapped(**settings):
+    model = make()
+    report = wrap(model, rank=4, **settings)
+    assert ("fused: " in str(report)) == settings.get("fuse", True)
+    return model
+
+
+def test_fusing_draws_no_random_numbers_and_leaves_gradients_and_modes_alone():
+    model = make()
+    wrap(model, rank=4, fuse=False)
+    model.train()
+    before = torch.get_rng_state()
+    fuse(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+def test_fusing_twice_finds_nothing_more():
+    fused, _, _ = twins()
+    again = fuse(fused)
+    assert again.fused == again.kept == {}
+
+
+def test_gemma_keeps_what_it_computes_differently():
+    model = make("gemma2")
+    before = model(IDS).logits
+    report = fuse(model)
+    assert report.fused == {}
+    reasons = " ".join(report.kept.values())
+    assert "computes something else: its output differs" in reasons  # its norms scale by 1 + weight
+    assert "GELUTanh, not SiLU" in reasons
+    assert torch.equal(model(IDS).logits, before)
+    assert "fused: nothing" in str(report)
+
+
+class Doubling(nn.Module):
+    """An MLP with the parts of Llama's and another formula."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.children()
+
+    def forward(self, x):
+        return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class StraightThrough(Doubling):
+    """The same output, and another gradient."""
+
+    def forward(self, x):
+        y = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return y.detach() + x - x.detach()
+
+
+@pytest.mark.parametrize(("other", "what"), [(Doubling, "output"), (StraightThrough, "gradient of input")])
+def test_module_with_the_same_parts_and_another_formula_stays(other, what):
+    model = make()
+    model.model.layers[1].mlp = other(model.model.layers[1].mlp)
+    report = fuse(model)
+    assert type(model.model.layers[1].mlp) is other
+    assert f"its {what} differs" in report.kept["model.layers.1.mlp"]
+    assert report.fused["model.layers.0.mlp"] == "FusedMLP"
+
+
+def sharp(attention: nn.Module) -> None:
+    attention.scaling = 3.0
+
+
+def with_sinks(attention: nn.Module) -> None:
+    attention.sinks = 4
+
+
+def with_a_gate(attention: nn.Module) -> None:
+    attention.gate_proj = nn.Linear(64, 64)
+
+
+def hooked(attention: nn.Module) -> None:
+    attention.register_forward_hook(lambda *_: None)
+
+
+def eager(attention: nn.Module) -> None:
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation_internal = "eager"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_sinks, "has the settings sinks"),
+        (with_a_gate, "does not consist of"),
+        (hooked, "has hooks"),
+        (eager, "implementation 'sdpa'"),
+    ],
+)
+def test_attention_with_unknown_parts_stays(change, reason):
+    model = make()
+    change(model.model.layers[0].self_attn)
+    report = fuse(model)
+    assert reason in report.kept["model.layers.0.self_attn"]
+    assert "model.layers.1.self_attn" in report.fused
+
+
+def test_changed_scale_is_taken_over():
+    model = make()
+    sharp(model.model.layers[0].self_attn)
+    before = model(IDS).logits
+    assert fuse(model).kept == {}
+    torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_model_without_a_rotary_embedding_keeps_its_attention():
+    layer = make().model.layers[0]
+    report = fuse(layer)
+    assert "without a rotary embedding" in report.kept["self_attn"]
+    assert type(layer.mlp) is FusedMLP
