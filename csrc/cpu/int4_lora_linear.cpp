@@ -1,11 +1,13 @@
 // int4_lora_linear: y = x Wᵀ + b + u Bᵀ with u = scaling x Aᵀ, and its gradients: with du = scaling dy B,
-// dx = dy W + du A, dA = duᵀ x, dB = dyᵀ u.
+// dx = dy W + du A, dA = duᵀ x, dB = dyᵀ u. int4_lora_linears: several of them at one x, whose dx is one sum.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "dispatch.h"
 #include "product.h"
@@ -16,24 +18,85 @@ namespace entrenar {
 namespace {
 
 using torch::stable::parallel_for;
+using Tensors = std::vector<Tensor>;
 
-std::tuple<Tensor, Tensor> int4_lora_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
-                                            std::optional<Tensor> bias, const Tensor& lora_A, const Tensor& lora_B,
-                                            double scaling, int64_t block) {
+struct Layer {
+  Weight w;
+  Tensor A, B;  // contiguous
+  int64_t rank;
+};
+
+Layer layer_of(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& lora_A, const Tensor& lora_B,
+               int64_t block) {
   STD_TORCH_CHECK(x.dim() > 0 && lora_A.dim() == 2, "x must have at least one dimension, and lora_A two");
+  Layer layer = {int4_weight(codes, scales, x.size(-1), block), torch::stable::contiguous(lora_A),
+                 torch::stable::contiguous(lora_B), lora_A.size(0)};
+  dense_weight(layer.B, layer.w.rows, layer.rank, "lora_B");
+  dense_weight(layer.A, layer.rank, layer.w.columns, "lora_A");
+  return layer;
+}
+
+std::vector<Layer> layers_of(const Tensor& x, const Tensors& codes, const Tensors& scales, const Tensors& lora_A,
+                             const Tensors& lora_B, int64_t block) {
+  const size_t count = codes.size();
+  STD_TORCH_CHECK(count > 0 && scales.size() == count && lora_A.size() == count && lora_B.size() == count,
+                  "codes, scales, lora_A and lora_B must be lists of one length, which is not 0");
+  std::vector<Layer> layers;
+  for (size_t i = 0; i < count; i++) {
+    layers.push_back(layer_of(x, codes[i], scales[i], lora_A[i], lora_B[i], block));
+  }
+  return layers;
+}
+
+Weight A_of(const Layer& layer) { return dense_weight(layer.A, layer.rank, layer.w.columns, "lora_A"); }
+Weight B_of(const Layer& layer) { return dense_weight(layer.B, layer.w.rows, layer.rank, "lora_B"); }
+
+// u = scaling x Aᵀ of each layer, in one pass over x.
+Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double scaling) {
+  const auto scale = static_cast<float>(scaling);
+  if (layers.size() == 1) {
+    Tensor u = empty_with_last(x, layers[0].rank);
+    const Term term = {x, A_of(layers[0])};
+    multiply(&term, 1, true, scale, std::nullopt, u);
+    return {u};
+  }
+  int64_t ranks = 0;
+  for (const Layer& layer : layers) ranks += layer.rank;
+  Tensor stacked = torch::stable::new_empty(layers[0].A, {ranks, x.size(-1)});
+  auto* to = stacked.mutable_data_ptr<float>();
+  for (const Layer& layer : layers) {
+    std::memcpy(to, layer.A.const_data_ptr(), layer.A.numel() * sizeof(float));
+    to += layer.A.numel();
+  }
+  Tensor all = empty_with_last(x, ranks);
+  const Term term = {x, dense_weight(stacked, ranks, x.size(-1), "lora_A")};
+  multiply(&term, 1, true, scale, std::nullopt, all);
+
+  Tensors us;
+  int64_t begin = 0;
+  for (const Layer& layer : layers) {
+    us.push_back(torch::stable::clone(torch::stable::narrow(all, -1, begin, layer.rank)));
+    begin += layer.rank;
+  }
+  return us;
+}
+
+std::tuple<Tensors, Tensors> forward(const Tensor& x, const std::vector<Layer>& layers,
+                                     std::optional<Tensor> bias, double scaling) {
   const Tensor input = torch::stable::contiguous(x);
-  const Tensor A = torch::stable::contiguous(lora_A), B = torch::stable::contiguous(lora_B);
-  const Weight w = int4_weight(codes, scales, x.size(-1), block);
-  const int64_t rank = A.size(0);
-
-  Tensor u = empty_with_last(input, rank);
-  const Term down = {input, dense_weight(A, rank, w.columns, "lora_A")};
-  multiply(&down, 1, true, static_cast<float>(scaling), std::nullopt, u);
-
-  Tensor y = empty_with_last(input, w.rows);
-  const Term terms[] = {{input, w}, {u, dense_weight(B, w.rows, rank, "lora_B")}};
-  multiply(terms, 2, true, 1.0f, bias, y);
-  return {y, u};
+  Tensors us = project_down(input, layers, scaling), ys;
+  int64_t begin = 0;
+  for (size_t i = 0; i < layers.size(); i++) {
+    const int64_t columns = layers[i].w.rows;
+    std::optional<Tensor> own;
+    if (bias) own = layers.size() == 1 ? *bias : torch::stable::narrow(*bias, 0, begin, columns);
+    Tensor y = empty_with_last(input, columns);
+    const Term terms[] = {{input, layers[i].w}, {us[i], B_of(layers[i])}};
+    multiply(terms, 2, true, 1.0f, own, y);
+    ys.push_back(y);
+    begin += columns;
+  }
+  return {ys, us};
 }
 
 // narrow [rows, rank] transposed times wide [rows, columns], into float32 [rank, columns].
@@ -52,37 +115,86 @@ void outer(const Tensor& narrow, const Tensor& wide, Tensor& out) {
   });
 }
 
+struct Gradients {
+  Tensor dx;
+  Tensors dA, dB;
+};
+
+Gradients backward(const Tensors& dys, const Tensor& x, const std::vector<Layer>& layers, const Tensors& us,
+                   double scaling, bool needs_dx) {
+  const Tensor input = torch::stable::contiguous(x);
+  const int64_t rows = rows_of(x);
+  const size_t count = layers.size();
+  STD_TORCH_CHECK(dys.size() == count && us.size() == count, "dy and u must be lists of the layers' length");
+
+  Tensors gradients, downs, dus;
+  for (size_t i = 0; i < count; i++) {
+    const Layer& layer = layers[i];
+    STD_TORCH_CHECK(dtype_of(dys[i], "dy") == dtype_of(x, "x") && dtype_of(us[i], "u") == dtype_of(x, "x"),
+                    "dy, u and x must have the same dtype");
+    gradients.push_back(torch::stable::contiguous(dys[i]));
+    downs.push_back(torch::stable::contiguous(us[i]));
+    STD_TORCH_CHECK(gradients[i].numel() == rows * layer.w.rows && downs[i].numel() == rows * layer.rank,
+                    "dy must be [..., N] and u [..., r], with the rows of x");
+    dus.push_back(empty_with_last(gradients[i], layer.rank));
+    const Term up = {gradients[i], B_of(layer)};
+    multiply(&up, 1, false, static_cast<float>(scaling), std::nullopt, dus[i]);
+  }
+
+  Gradients result = {needs_dx ? empty_with_last(input, x.size(-1)) : torch::stable::new_empty(x, {0}), {}, {}};
+  if (needs_dx) {
+    std::vector<Term> terms;
+    for (size_t i = 0; i < count; i++) {
+      terms.push_back({gradients[i], layers[i].w});
+      terms.push_back({dus[i], A_of(layers[i])});
+    }
+    multiply(terms.data(), static_cast<int>(terms.size()), false, 1.0f, std::nullopt, result.dx);
+  }
+  for (size_t i = 0; i < count; i++) {
+    Tensor dA = torch::stable::new_empty(layers[i].A, {layers[i].rank, layers[i].w.columns});
+    outer(dus[i], input, dA);
+    Tensor dB = torch::stable::new_empty(layers[i].A, {layers[i].rank, layers[i].w.rows});
+    outer(downs[i], gradients[i], dB);
+    result.dA.push_back(dA);
+    result.dB.push_back(torch::stable::contiguous(torch::stable::transpose(dB, 0, 1)));
+  }
+  return result;
+}
+
+std::tuple<Tensor, Tensor> int4_lora_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
+                                            std::optional<Tensor> bias, const Tensor& lora_A, const Tensor& lora_B,
+                                            double scaling, int64_t block) {
+  const auto [ys, us] = forward(x, {layer_of(x, codes, scales, lora_A, lora_B, block)}, bias, scaling);
+  return {ys[0], us[0]};
+}
+
 std::tuple<Tensor, Tensor, Tensor> int4_lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& codes,
                                                              const Tensor& scales, const Tensor& lora_A,
                                                              const Tensor& lora_B, const Tensor& u, double scaling,
                                                              int64_t block, bool needs_dx) {
-  STD_TORCH_CHECK(x.dim() > 0 && lora_A.dim() == 2, "x must have at least one dimension, and lora_A two");
-  STD_TORCH_CHECK(dtype_of(dy, "dy") == dtype_of(x, "x") && dtype_of(u, "u") == dtype_of(x, "x"),
-                  "dy, u and x must have the same dtype");
-  const Tensor input = torch::stable::contiguous(x), gradient = torch::stable::contiguous(dy);
-  const Tensor A = torch::stable::contiguous(lora_A), B = torch::stable::contiguous(lora_B);
-  const Tensor down = torch::stable::contiguous(u);
-  const Weight w = int4_weight(codes, scales, x.size(-1), block);
-  const int64_t rank = A.size(0), rows = rows_of(x);
-  const Weight a = dense_weight(A, rank, w.columns, "lora_A"), b = dense_weight(B, w.rows, rank, "lora_B");
-  STD_TORCH_CHECK(gradient.numel() == rows * w.rows && down.numel() == rows * rank,
-                  "dy must be [..., N] and u [..., r], with the rows of x");
+  const Gradients found =
+      backward({dy}, x, {layer_of(x, codes, scales, lora_A, lora_B, block)}, {u}, scaling, needs_dx);
+  return {found.dx, found.dA[0], found.dB[0]};
+}
 
-  Tensor du = empty_with_last(gradient, rank);
-  const Term up = {gradient, b};
-  multiply(&up, 1, false, static_cast<float>(scaling), std::nullopt, du);
+std::tuple<Tensors, Tensors> int4_lora_linears(const Tensor& x, Tensors codes, Tensors scales,
+                                               std::optional<Tensor> bias, Tensors lora_A, Tensors lora_B,
+                                               double scaling, int64_t block) {
+  const std::vector<Layer> layers = layers_of(x, codes, scales, lora_A, lora_B, block);
+  int64_t columns = 0;
+  for (const Layer& layer : layers) columns += layer.w.rows;
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == columns), "bias must be all biases, one after another: ",
+                  columns, " elements");
+  return forward(x, layers, bias, scaling);
+}
 
-  Tensor dx = needs_dx ? empty_with_last(input, w.columns) : torch::stable::new_empty(x, {0});
-  if (needs_dx) {
-    const Term terms[] = {{gradient, w}, {du, a}};
-    multiply(terms, 2, false, 1.0f, std::nullopt, dx);
-  }
-
-  Tensor dA = torch::stable::new_empty(A, {rank, w.columns});
-  outer(du, input, dA);
-  Tensor dB = torch::stable::new_empty(A, {rank, w.rows});
-  outer(down, gradient, dB);
-  return {dx, dA, torch::stable::contiguous(torch::stable::transpose(dB, 0, 1))};
+std::tuple<Tensor, Tensors, Tensors> int4_lora_linears_backward(Tensors dy, const Tensor& x, Tensors codes,
+                                                                Tensors scales, Tensors lora_A, Tensors lora_B,
+                                                                Tensors u, double scaling, int64_t block,
+                                                                bool needs_dx) {
+  const Gradients found =
+      backward(dy, x, layers_of(x, codes, scales, lora_A, lora_B, block), u, scaling, needs_dx);
+  return {found.dx, found.dA, found.dB};
 }
 
 }  // namespace
@@ -90,6 +202,8 @@ std::tuple<Tensor, Tensor, Tensor> int4_lora_linear_backward(const Tensor& dy, c
 STABLE_TORCH_LIBRARY_IMPL(entrenar, CPU, m) {
   m.impl("int4_lora_linear", TORCH_BOX(&int4_lora_linear));
   m.impl("int4_lora_linear_backward", TORCH_BOX(&int4_lora_linear_backward));
+  m.impl("int4_lora_linears", TORCH_BOX(&int4_lora_linears));
+  m.impl("int4_lora_linears_backward", TORCH_BOX(&int4_lora_linears_backward));
 }
 
 }  // namespace entrenar

@@ -13,7 +13,8 @@ from entrenar.fusion.attention import FusedAttention
 from entrenar.fusion.mlp import FusedMLP
 from entrenar.fusion.norm import FusedRMSNorm
 from entrenar.fusion.probe import Call, difference
-from entrenar.fusion.structure import NotFusableError, has_hooks
+from entrenar.fusion.structure import NotFusableError
+from entrenar.lora.layers import has_hooks
 from entrenar.lora.replace import replace_modules
 
 TOKENS = 5

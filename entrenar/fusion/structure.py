@@ -25,9 +25,3 @@ def require_children(module: nn.Module, required: set[str], optional: AbstractSe
     children = set(module._modules)
     if not required <= children <= required | optional or module._parameters or module._buffers:
         raise NotFusableError(f"does not consist of {', '.join(sorted(required))}")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody has hooked the module's forward or backward."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)

@@ -14,6 +14,7 @@ from entrenar.autograd.ops._autocast import autocast
 from entrenar.autograd.ops.int4 import check_packed, int4_dequantize, int4_quantize
 from entrenar.autograd.ops.int4_linear import int4_linear
 from entrenar.autograd.ops.int4_lora_linear import int4_lora_linear
+from entrenar.autograd.ops.int4_lora_linears import int4_lora_linears
 
 
 class Int4Linear(nn.Module):
@@ -125,8 +126,7 @@ class LoRALayer(nn.Module):
         """Map x [..., in_features] to [..., out_features] of the same dtype."""
         _check_features(x, self.in_features)
         base = self.base
-        drops = self.training and self.dropout.p > 0
-        if isinstance(base, Int4Linear) and not drops:
+        if isinstance(base, Int4Linear) and not self.drops():
             return int4_lora_linear(
                 x, base.codes, base.scales, base.bias, self.lora_A, self.lora_B, self.scaling, block=base.block
             )
@@ -134,6 +134,10 @@ class LoRALayer(nn.Module):
         x = self.dropout(autocast(x))
         u = F.linear(x, self.lora_A.to(x.dtype))
         return y + self.scaling * F.linear(u, self.lora_B.to(x.dtype))
+
+    def drops(self) -> bool:
+        """Whether elements of x are dropped now."""
+        return self.training and self.dropout.p > 0
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The adapter's parameters, [lora_A, lora_B]."""
@@ -172,8 +176,32 @@ class QLoRALayer(LoRALayer):
 
 
 def apply_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """Each of the layers at the same x."""
-    return [layer(x) for layer in layers]
+    """`[layer(x) for layer in layers]`, in one call where all are LoRA layers over int4 that differ in weights only."""
+    adapters = [
+        layer for layer in layers if isinstance(layer, LoRALayer) and not layer.drops() and not has_hooks(layer)
+    ]
+    bases = [adapter.base for adapter in adapters if isinstance(adapter.base, Int4Linear)]
+    scaling = {adapter.scaling for adapter in adapters}
+    block = {base.block for base in bases}
+    if len(bases) < len(layers) or len(scaling) > 1 or len(block) > 1:
+        return [layer(x) for layer in layers]
+    for base in bases:
+        _check_features(x, base.in_features)
+    return int4_lora_linears(
+        x,
+        [base.codes for base in bases],
+        [base.scales for base in bases],
+        [base.bias for base in bases],
+        [adapter.lora_A for adapter in adapters],
+        [adapter.lora_B for adapter in adapters],
+        scaling.pop(),
+        block=block.pop(),
+    )
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether a hook waits for a call of the layer."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _check_features(x: Tensor, in_features: int) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from entrenar.autograd.ops import int4_dequantize
 from entrenar.lora import Int4Linear, LoRALayer, QLoRALayer
+from entrenar.lora.layers import apply_together
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -162,3 +163,53 @@ def test_compiles_without_graph_breaks():
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Calls(torch.overrides.TorchFunctionMode):
+    """The names of the package's operations that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(getattr(function, "__name__", ""))
+        return function(*args, **(kwargs or {}))
+
+
+def hooked(layers):
+    layers[0].register_forward_hook(lambda *_: None)
+
+
+def dropping(layers):
+    layers[1].dropout.p = 0.5
+    layers[1].train()
+
+
+def scaled(layers):
+    layers[1].scaling = 3.0
+
+
+def undecorated(layers):
+    layers[1] = layers[1].base
+
+
+@pytest.mark.parametrize("change", [None, hooked, dropping, scaled, undecorated])
+def test_layers_are_applied_together_where_they_are_alike(change):
+    layers = [QLoRALayer(torch.randn(n, 64), rank=4, alpha=8) for n in (16, 24)]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+    if change:
+        change(layers)
+    x = torch.randn(5, 64)
+    with Calls() as calls:
+        torch.manual_seed(1)
+        found = apply_together(layers, x)
+    assert ("int4_lora_linears" in calls.names) == (change is None)
+    torch.manual_seed(1)
+    assert all(torch.equal(y, layer(x)) for y, layer in zip(found, layers, strict=True))
+
+
+def test_layers_applied_together_check_x():
+    with pytest.raises(ValueError, match=r"the layer takes \[..., 64\]"):
+        apply_together([QLoRALayer(torch.randn(16, 64), rank=4, alpha=8)], torch.randn(5, 63))

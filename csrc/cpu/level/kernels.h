@@ -15,7 +15,7 @@ struct Units {
 };
 
 // y = scale * sum over terms of x_t op(w_t) + bias, where op transposes (y = x wᵀ) or not (y = x w).
-constexpr int kMaxTerms = 2;
+constexpr int kMaxTerms = 16;  // eight layers with an adapter each
 struct Product {
   Dtype dtype;  // of x and y: weights are rounded to it, sums are float32
   bool transposed;

@@ -8,6 +8,7 @@ from entrenar.autograd.ops.embedding import dropout, embedding
 from entrenar.autograd.ops.int4 import int4_dequantize, int4_quantize
 from entrenar.autograd.ops.int4_linear import int4_linear
 from entrenar.autograd.ops.int4_lora_linear import int4_lora_linear
+from entrenar.autograd.ops.int4_lora_linears import int4_lora_linears
 from entrenar.autograd.ops.loss import cross_entropy, mse, mse_loss
 from entrenar.autograd.ops.matmul import linear, matmul
 from entrenar.autograd.ops.norm import layer_norm, rms_norm
@@ -32,6 +33,7 @@ __all__ = [
     "int4_dequantize",
     "int4_linear",
     "int4_lora_linear",
+    "int4_lora_linears",
     "int4_quantize",
     "layer_norm",
     "linear",

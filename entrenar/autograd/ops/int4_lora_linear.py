@@ -48,16 +48,21 @@ def int4_lora_linear(
     """
     x = autocast(x)
     check_linear(x, codes, scales, bias, block)
+    check_lora(x, codes, lora_A, lora_B)
+    y, _ = torch.ops.entrenar.int4_lora_linear(
+        x, codes, scales, wide_bias(bias), lora_A.float(), lora_B.float(), float(scaling), block
+    )
+    return y
+
+
+def check_lora(x: Tensor, codes: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Raise ValueError where an adapter does not fit beside the weight."""
     rank = lora_A.shape[0]
     if lora_A.shape != (rank, x.shape[-1]) or lora_B.shape != (codes.shape[0], rank):
         raise ValueError(
             f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} are not [r, K] and [N, r] "
             f"for a weight with N = {codes.shape[0]}, K = {x.shape[-1]}"
         )
-    y, _ = torch.ops.entrenar.int4_lora_linear(
-        x, codes, scales, wide_bias(bias), lora_A.float(), lora_B.float(), float(scaling), block
-    )
-    return y
 
 
 def int4_lora_linear_reference(

@@ -1,0 +1,176 @@
+"""Several `int4_lora_linear` at the same x: queries, keys and values; gate and up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entrenar.autograd.ops._autocast import autocast
+from entrenar.autograd.ops._function import Function
+from entrenar.autograd.ops._library import define
+from entrenar.autograd.ops._override import overridable
+from entrenar.autograd.ops.int4_linear import check_linear
+from entrenar.autograd.ops.int4_lora_linear import check_lora, int4_lora_linear_reference
+
+MOST_LAYERS = 8
+
+
+@overridable
+def int4_lora_linears(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: float,
+    *,
+    block: int = 64,
+) -> list[Tensor]:
+    """The results of `int4_lora_linear` at one x, for lists of up to 8 weights that share scaling and block.
+
+    The same bits as one call each. x is read once for all x Aᵀ, and its gradient is one sum, rounded once:
+    dx = Σ dy_i W_i + du_i A_i with du_i = scaling dy_i B_i; dA_i = du_iᵀ x, dB_i = dy_iᵀ u_i. Arguments, dtypes and
+    errors are those of `int4_lora_linear`, with a list for each that differs between the weights. There is no second
+    derivative: asking for one raises.
+    """
+    x = autocast(x)
+    if not 0 < len(codes) <= MOST_LAYERS or any(len(each) != len(codes) for each in (scales, bias, lora_A, lora_B)):
+        raise ValueError(
+            f"codes, scales, bias, lora_A and lora_B must be lists of one length up to {MOST_LAYERS}, not of "
+            f"{len(codes)}, {len(scales)}, {len(bias)}, {len(lora_A)} and {len(lora_B)}"
+        )
+    for c, s, b, A, B in zip(codes, scales, bias, lora_A, lora_B, strict=True):
+        check_linear(x, c, s, b, block)
+        check_lora(x, c, A, B)
+    ys, _ = torch.ops.entrenar.int4_lora_linears(
+        x,
+        list(codes),
+        list(scales),
+        _joined(bias, codes),
+        [A.float() for A in lora_A],
+        [B.float() for B in lora_B],
+        float(scaling),
+        block,
+    )
+    return ys
+
+
+def _joined(bias: Sequence[Tensor | None], codes: Sequence[Tensor]) -> Tensor | None:
+    """The biases one after another, zeros for those that are None; None if all are."""
+    if all(b is None for b in bias):
+        return None
+    return torch.cat(
+        [c.new_zeros(len(c), dtype=torch.float32) if b is None else b.float() for b, c in zip(bias, codes, strict=True)]
+    )
+
+
+def int4_lora_linears_reference(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: float,
+    block: int,
+) -> list[Tensor]:
+    """`int4_lora_linears` in plain torch, with the biases one after another."""
+    biases = [None] * len(codes) if bias is None else bias.split([len(c) for c in codes])
+    layers = zip(codes, scales, biases, lora_A, lora_B, strict=True)
+    return [int4_lora_linear_reference(x, *layer, scaling, block) for layer in layers]
+
+
+def _int4_lora_linears_fake(
+    x: Tensor,
+    codes: list[Tensor],
+    scales: list[Tensor],
+    bias: Tensor | None,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    scaling: float,
+    block: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    ys = [x.new_empty(*x.shape[:-1], c.shape[0]) for c in codes]
+    return ys, [x.new_empty(*x.shape[:-1], A.shape[0]) for A in lora_A]
+
+
+def _int4_lora_linears_backward_fake(
+    dy: list[Tensor],
+    x: Tensor,
+    codes: list[Tensor],
+    scales: list[Tensor],
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    u: list[Tensor],
+    scaling: float,
+    block: int,
+    needs_dx: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else x.new_empty(0)
+    return dx, [A.new_empty(A.shape) for A in lora_A], [B.new_empty(B.shape) for B in lora_B]
+
+
+define(
+    "int4_lora_linears(Tensor x, Tensor[] codes, Tensor[] scales, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, "
+    "float scaling, int block) -> (Tensor[] y, Tensor[] u)",
+    _int4_lora_linears_fake,
+)
+define(
+    "int4_lora_linears_backward(Tensor[] dy, Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] lora_A, "
+    "Tensor[] lora_B, Tensor[] u, float scaling, int block, bool needs_dx) -> (Tensor dx, Tensor[] dA, Tensor[] dB)",
+    _int4_lora_linears_backward_fake,
+)
+
+
+class Int4LoRALinearsFunction(Function):
+    """y_i = x W_iᵀ + b_i + u_i B_iᵀ with u_i = scaling x A_iᵀ, which are kept for dB_i."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        codes: list[Tensor],
+        scales: list[Tensor],
+        bias: Tensor | None,
+        lora_A: list[Tensor],
+        lora_B: list[Tensor],
+        scaling: float,
+        block: int,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return torch.ops.entrenar.int4_lora_linears(x, codes, scales, bias, lora_A, lora_B, scaling, block)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) -> None:
+        x, codes, scales, _, lora_A, lora_B, ctx.scaling, ctx.block = inputs
+        _, us = output
+        ctx.mark_non_differentiable(*us)
+        ctx.count = len(codes)
+        ctx.save_for_backward(x, *codes, *scales, *lora_A, *lora_B, *us)
+
+    @staticmethod
+    def backward(ctx: Any, dys: list[Tensor], dus: list[Tensor]) -> tuple[Any, ...]:
+        x, *saved = ctx.saved_tensors
+        codes, scales, lora_A, lora_B, us = (saved[i : i + ctx.count] for i in range(0, 5 * ctx.count, ctx.count))
+        needs_dx = ctx.needs_input_grad[0]
+        dx, dA, dB = torch.ops.entrenar.int4_lora_linears_backward(
+            dys, x, codes, scales, lora_A, lora_B, us, ctx.scaling, ctx.block, needs_dx
+        )
+        frozen = [None] * ctx.count
+        return dx if needs_dx else None, frozen, frozen, None, dA, dB, None, None
+
+
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    raise RuntimeError(
+        "int4_lora_linears has no second derivative: its gradient was computed without create_graph=True"
+    )
+
+
+torch.library.register_autograd(
+    "entrenar::int4_lora_linears",
+    Int4LoRALinearsFunction.backward,
+    setup_context=Int4LoRALinearsFunction.setup_context,
+)
+torch.library.register_autograd("entrenar::int4_lora_linears_backward", _refuse_second_derivative)

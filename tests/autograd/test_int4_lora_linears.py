@@ -1,0 +1,127 @@
+"""Several LoRA layers at one x: each result is that of its own call, and dx is the sum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from entrenar.autograd.ops import int4_lora_linear, int4_lora_linears, int4_quantize
+from entrenar.autograd.ops.int4_lora_linears import int4_lora_linears_reference
+
+
+def make(columns: int, sizes: tuple[int, ...], ranks: tuple[int, ...], biased: tuple[bool, ...]):
+    packed = [int4_quantize(torch.randn(n, columns)) for n in sizes]
+    codes, scales = (list(each) for each in zip(*packed, strict=True))
+    bias = [torch.randn(n) if b else None for n, b in zip(sizes, biased, strict=True)]
+    lora_A = [torch.randn(r, columns, requires_grad=True) for r in ranks]
+    lora_B = [torch.randn(n, r, requires_grad=True) for n, r in zip(sizes, ranks, strict=True)]
+    return codes, scales, bias, lora_A, lora_B
+
+
+QKV = (80, (24, 8, 40), (4, 1, 3), (True, False, True))
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (7,), (2, 13), (300,), (0,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_are_those_of_separate_calls(rows, dtype, cpu_level):
+    layers = make(*QKV)
+    x = torch.randn(*rows, 80).to(dtype)
+    together = int4_lora_linears(x, *layers, 0.5)
+    separate = [int4_lora_linear(x, *layer, 0.5) for layer in zip(*layers, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(together, separate, strict=True))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_gradients_equal_the_references(data):
+    count = data.draw(st.integers(1, 4))
+    sizes, ranks = (tuple(data.draw(st.lists(st.integers(1, 70), min_size=count, max_size=count))) for _ in range(2))
+    rows, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
+    dtype, limit = data.draw(st.sampled_from([(torch.float32, 1e-5), (torch.bfloat16, 2**-7)]))
+    torch.manual_seed(0)
+    codes, scales, _, lora_A, lora_B = make(columns, sizes, ranks, (False,) * count)
+    x = torch.randn(columns, rows).to(dtype).T.requires_grad_()
+    ys = int4_lora_linears(x, codes, scales, [None] * count, lora_A, lora_B, 2.0)
+    dys = [torch.randn_like(y) for y in ys]
+    leaves = [x, *lora_A, *lora_B]
+    found = torch.autograd.grad(ys, leaves, dys)
+
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    adapters = wide[1 : 1 + count], wide[1 + count :]
+    exact = int4_lora_linears_reference(wide[0], codes, scales, None, *adapters, 2.0, 64)
+    expected = torch.autograd.grad(exact, wide, [dy.double() for dy in dys])
+    for a, e in zip(found, expected, strict=True):
+        assert (a.double() - e).abs().max() <= limit * e.abs().max()
+
+
+def test_result_without_gradient_counts_as_zero():
+    layers = make(*QKV)
+    x = torch.randn(5, 80, requires_grad=True)
+    first = int4_lora_linears(x, *layers, 0.5)[0]
+    alone = int4_lora_linear(x, *(each[0] for each in layers), 0.5)
+    leaves = [x, layers[3][0], layers[4][0]]
+    found = torch.autograd.grad(first.sum(), [*leaves, layers[3][1]])
+    expected = torch.autograd.grad(alone.sum(), leaves)
+    for a, e in zip(found, expected, strict=False):
+        torch.testing.assert_close(a, e)
+    assert not found[-1].any()
+
+
+def test_opcheck():
+    codes, scales, bias, lora_A, lora_B = make(80, (24, 8), (4, 1), (True, True))
+    x = torch.randn(5, 80, requires_grad=True)
+    arguments = (x, codes, scales, torch.cat(bias), lora_A, lora_B, 0.5, 64)
+    results = torch.library.opcheck(torch.ops.entrenar.int4_lora_linears.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_compiles_without_graph_breaks():
+    layers = make(*QKV)
+    x = torch.randn(5, 80, requires_grad=True)
+    compiled = torch.compile(lambda x: int4_lora_linears(x, *layers, 0.5), fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(x), int4_lora_linears(x, *layers, 0.5), strict=True):
+        assert torch.equal(a, b)
+        (da,), (db,) = torch.autograd.grad(a.sum(), x), torch.autograd.grad(b.sum(), x, retain_graph=True)
+        assert torch.equal(da, db)
+        break
+
+
+def test_autocast_computes_in_its_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        ys = int4_lora_linears(torch.randn(5, 80), *make(*QKV), 0.5)
+    assert {y.dtype for y in ys} == {torch.bfloat16}
+
+
+def test_second_derivative_is_refused():
+    x = torch.randn(5, 80, requires_grad=True)
+    (dx,) = torch.autograd.grad(int4_lora_linears(x, *make(*QKV), 0.5)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dx.sum().backward()
+
+
+def test_lists_of_different_lengths_are_refused():
+    codes, scales, bias, lora_A, lora_B = make(*QKV)
+    with pytest.raises(ValueError, match="lists of one length up to 8, not of 3, 3, 3, 2 and 3"):
+        int4_lora_linears(torch.randn(5, 80), codes, scales, bias, lora_A[:2], lora_B, 0.5)
+    with pytest.raises(ValueError, match="not of 0"):
+        int4_lora_linears(torch.randn(5, 80), [], [], [], [], [], 0.5)
+
+
+def test_adapter_that_does_not_fit_is_refused():
+    codes, scales, bias, lora_A, lora_B = make(*QKV)
+    with pytest.raises(ValueError, match=r"lora_A \(4, 79\)"):
+        int4_lora_linears(torch.randn(5, 80), codes, scales, bias, [lora_A[0][:, 1:], *lora_A[1:]], lora_B, 0.5)
+
+
+def test_operator_checks_its_lists():
+    codes, scales, _, lora_A, lora_B = make(*QKV)
+    x, ops = torch.randn(5, 80), torch.ops.entrenar
+    with pytest.raises(RuntimeError, match="lists of one length"):
+        ops.int4_lora_linears(x, codes, scales[:2], None, lora_A, lora_B, 0.5, 64)
+    with pytest.raises(RuntimeError, match="one after another: 72 elements"):
+        ops.int4_lora_linears(x, codes, scales, torch.zeros(71), lora_A, lora_B, 0.5, 64)
+    ys, us = ops.int4_lora_linears(x, codes, scales, None, lora_A, lora_B, 0.5, 64)
+    with pytest.raises(RuntimeError, match="dy and u must be lists of the layers' length"):
+        ops.int4_lora_linears_backward(ys, x, codes, scales, lora_A, lora_B, us[:2], 0.5, 64, True)
