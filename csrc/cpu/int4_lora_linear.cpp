@@ -105,13 +105,13 @@ void outer(const Tensor& narrow, const Tensor& wide, Tensor& out) {
   const int64_t rows = rows_of(narrow), rank = narrow.size(-1), columns = wide.size(-1);
   const Kernels& k = kernels();
   const Dtype dtype = dtype_of(wide, "x");
-  auto* factors = static_cast<float*>(workspace.reserve(rows * rank * sizeof(float)));
-  k.to_units(narrow.const_data_ptr(), dtype, rows, rank, false, reinterpret_cast<uint32_t*>(factors), rank);
+  auto* packed = static_cast<uint32_t*>(workspace.reserve(rows * rank * sizeof(uint32_t)));
+  k.pack_outer(narrow.const_data_ptr(), dtype, rows, rank, packed);
   const void* from = wide.const_data_ptr();
   auto* to = out.mutable_data_ptr<float>();
   constexpr int64_t kColumns = 32;  // one cache line of bfloat16
   parallel_for(0, (columns + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
-    k.outer(factors, rank, from, dtype, rows, columns, begin * kColumns, std::min(columns, end * kColumns), to);
+    k.outer(packed, rank, from, dtype, rows, columns, begin * kColumns, std::min(columns, end * kColumns), to);
   });
 }
 

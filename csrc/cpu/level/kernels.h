@@ -48,8 +48,10 @@ struct Kernels {
   // The same for few rows of float32 units and op = transpose, straight from the codes, whose values are not rounded.
   void (*dot)(const Product* p, int64_t column_begin, int64_t column_end);
 
-  // out[i, c] = sum over m of a[m, i] b[m, c], for c in [column_begin, column_end); out has `columns` columns.
-  void (*outer)(const float* a, int64_t rank, const void* b, Dtype dtype, int64_t rows, int64_t columns,
+  // out[i, c] = sum over m of a[m, i] b[m, c], for c in [column_begin, column_end); out has `columns` columns. a is
+  // packed first, into as many 32-bit words as it has elements.
+  void (*pack_outer)(const void* a, Dtype dtype, int64_t rows, int64_t rank, uint32_t* packed);
+  void (*outer)(const uint32_t* packed, int64_t rank, const void* b, Dtype dtype, int64_t rows, int64_t columns,
                 int64_t column_begin, int64_t column_end, float* out);
 };
 

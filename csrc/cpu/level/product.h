@@ -95,7 +95,9 @@ struct Tile<true> {
       return;
     }
     const float* from = w.dense + row * w.columns + q;
-    for (int64_t i = 0; i < count; i++) to[i] = bfloat16_of(from[i]);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, to_halfwords(bfloat16_bits(load<vfloat>(from + i))));
+    for (; i < count; i++) to[i] = bfloat16_of(from[i]);
     if (count % 2) to[count] = 0;
   }
 
@@ -113,9 +115,13 @@ struct Tile<true> {
       return;
     }
     const float* from = w.dense + q * w.columns + c;
-    for (int64_t i = 0; i < count; i++) {
-      out[i] = bfloat16_of(from[i]) | (second ? (uint32_t)bfloat16_of(from[w.columns + i]) << 16 : 0);
+    const float* next = from + w.columns;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const vuint high = second ? bfloat16_bits(load<vfloat>(next + i)) << 16 : vuint{};
+      store(out + i, bfloat16_bits(load<vfloat>(from + i)) | high);
     }
+    for (; i < count; i++) out[i] = bfloat16_of(from[i]) | (second ? (uint32_t)bfloat16_of(next[i]) << 16 : 0);
   }
 
   static uint16_t bfloat16_of(float value) { return bfloat16_bits(broadcast(value))[0]; }

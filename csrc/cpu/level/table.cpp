@@ -11,7 +11,7 @@
 namespace entrenar {
 
 const Kernels TABLE(LEVEL) = {
-    kBFloat16Units, quantize, dequantize, to_units, product, product_scratch_bytes, dot, outer,
+    kBFloat16Units, quantize, dequantize, to_units, product, product_scratch_bytes, dot, pack_outer, outer,
 };
 
 }  // namespace entrenar
