@@ -1,4 +1,4 @@
-// Matrix products with many rows of x. A tile of the weight, up to 256 units deep and 64 columns wide, is decoded into
+// Matrix products with many rows of x. A tile of the weight, up to 192 units deep and 64 columns wide, is decoded into
 // the cache once and multiplied by all rows of x; the sums stay in float32 until every tile of a column is done.
 #pragma once
 
@@ -15,7 +15,7 @@ constexpr bool kBFloat16Units = true;
 constexpr bool kBFloat16Units = false;
 #endif
 
-constexpr int64_t kTileUnits = 256;
+constexpr int64_t kTileUnits = 192;
 constexpr int kTileVectors = kTileColumns / kLanes;
 
 // Registers of the microkernel: rows x vectors sums, and a few for its operands.
@@ -223,6 +223,13 @@ inline void store_columns(const Product& p, int64_t row, int64_t column, int64_t
   }
 }
 
+// The depth of equal tiles of at most `most`, a whole number of groups: a last thin one would cost as much as a whole.
+inline int64_t tile_depth(int64_t contraction, int64_t most) {
+  const int64_t tiles = (contraction + most - 1) / most;
+  const int64_t depth = (contraction + tiles - 1) / tiles;
+  return (depth + int4::kGroup - 1) / int4::kGroup * int4::kGroup;
+}
+
 template <bool kPairs>
 void product_of(const Product& p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
                 Scratch* scratch) {
@@ -235,8 +242,9 @@ void product_of(const Product& p, int64_t row_begin, int64_t row_end, int64_t co
     for (int t = 0; t < p.terms; t++) {
       const Weight& w = p.w[t];
       const int64_t contraction = p.transposed ? w.columns : w.rows;
-      for (int64_t q = 0; q < contraction; q += kDepth, first = false) {
-        const int64_t depth = contraction - q < kDepth ? contraction - q : kDepth;
+      const int64_t step = tile_depth(contraction, kDepth);
+      for (int64_t q = 0; q < contraction; q += step, first = false) {
+        const int64_t depth = contraction - q < step ? contraction - q : step;
         fill_panel<kPairs>(p, w, q, depth, column, columns, scratch);
         const Units x = {p.x[t].data + row_begin * p.x[t].stride + q / Tile<kPairs>::kUnit, p.x[t].stride};
         multiply_tile<kPairs>(vectors, rows, x, scratch->panel, (depth + Tile<kPairs>::kUnit - 1) / Tile<kPairs>::kUnit,
