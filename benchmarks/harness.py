@@ -54,6 +54,20 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
+def floor() -> dict[str, float]:
+    """What the machine can do: reading memory past its caches, and torch's product of large bfloat16 matrices."""
+    import torch
+
+    big = torch.ones(256 * 2**20)
+    a, b = torch.randn(2048, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16()
+    read = min(interleaved({"": big.sum}, 10)[""])
+    multiply = min(interleaved({"": lambda: a @ b}, 10)[""])
+    return {
+        "read_gb_per_second": round(big.nbytes / read / 1e9, 1),
+        "bfloat16_gflop_per_second": round(2 * a.shape[0] * b.numel() / multiply / 1e9, 1),
+    }
+
+
 def circumstances() -> dict[str, Any]:
     """Machine, versions, commit and date; no host name and no path."""
     import torch

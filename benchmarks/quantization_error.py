@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import print_table, refuse_if_red, write
 from benchmarks.peers import linear4bit
-from benchmarks.smollm2 import load_tokens, prepare
+from benchmarks.models import load_tokens, prepare
 from entrenar.autograd.ops import int4_dequantize, int4_quantize
 from entrenar.lora import QLoRALayer
 
@@ -99,7 +99,7 @@ def main() -> None:
     gaussian = output_errors(torch.randn(arguments.size, arguments.size), torch.randn(64, arguments.size))
     print_table([gaussian])
     with tempfile.TemporaryDirectory() as directory:
-        prepare(Path(directory), batches=1, batch_size=1, length=256)
+        prepare("SmolLM2-135M", Path(directory), batches=1, batch_size=1, length=256)
         model = model_errors(Path(directory))
     print_table(model)
     results = {"gaussian_weights": weights, "gaussian_layer_output": gaussian, "smollm2_135m_layer_outputs": model}

@@ -1,6 +1,6 @@
-"""Whole QLoRA training steps of SmolLM2-135M-Instruct: this package, and PEFT + bitsandbytes NF4 under bf16 autocast.
+"""Whole QLoRA training steps of language models: this package, and PEFT + bitsandbytes NF4 under bf16 autocast.
 
-Rank 16 on all linear layers, batches of 4 x 256 tokens of real text, loss on every token, gradient clipping, AdamW (the
+Rank 16 on all linear layers, loss on every token, gradient clipping, AdamW (the
 peer's is torch's fused one). Both load the same bfloat16 checkpoint. Each run has a process of its own; the sides take
 turns. Each side runs as it is installed, and with malloc told to keep freed memory, which `entrenar finetune` does for
 itself. Peaks are the process's resident set: over its whole life (loading included), and from the first step on.
@@ -17,10 +17,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT, print_table, refuse_if_red, write
+from benchmarks.harness import ROOT, floor, print_table, refuse_if_red, write
 
 TESTS = ("tests/autograd", "tests/lora", "tests/optim")
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
@@ -100,7 +101,7 @@ def peak_bytes() -> int:
 
 def run_side(side: str, directory: Path) -> dict[str, Any]:
     """Load, take one step to warm up and then the timed ones; in the process that is measured."""
-    from benchmarks.smollm2 import load_tokens
+    from benchmarks.models import load_tokens
 
     tokens = load_tokens(directory)
     step, load_seconds = {"ours": ours, "peers": peers}[side](directory)
@@ -129,72 +130,86 @@ def in_process(arguments: list[str], environment: dict[str, str]) -> str:
     return result.stdout
 
 
-def measure(rounds: int, steps: int, batch_size: int, length: int) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Workload:
+    model: str
+    batch_size: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.batch_size} x {self.length}"
+
+
+WORKLOADS = (
+    Workload("SmolLM2-135M", 4, 256),
+    Workload("SmolLM2-135M", 1, 1024),
+    Workload("1B-shaped Llama", 1, 256),
+)
+
+
+def measure(workload: Workload, rounds: int, steps: int) -> list[dict[str, Any]]:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory() as directory:
-        in_process(["--prepare", directory, str(steps + 1), str(batch_size), str(length)], {})
+        sizes = [str(size) for size in (steps + 1, workload.batch_size, workload.length)]
+        in_process(["--prepare", workload.model, directory, *sizes], {})
         for _ in range(rounds):
             for name, (side, environment) in SIDES.items():
                 output = in_process(["--side", side, directory], environment)
                 runs[name].append(json.loads(output.splitlines()[-1]))
-                print(f"{name}: {statistics.median(runs[name][-1]['step_seconds']):.3f} s a step", flush=True)
-    rows = []
-    for name, results in runs.items():
-        seconds = [second for result in results for second in result["step_seconds"]]
-        rows.append(
-            {
-                "side": name,
-                "tokens_per_second": round(batch_size * length / statistics.median(seconds), 1),
-                "best_tokens_per_second": round(batch_size * length / min(seconds), 1),
-                "peak_gb": round(statistics.median(result["peak_bytes"] for result in results) / 1e9, 3),
-                "peak_gb_training": round(statistics.median(r["peak_bytes_training"] for r in results) / 1e9, 3),
-                "load_seconds": round(statistics.median(result["load_seconds"] for result in results), 2),
-                "first_loss": round(results[0]["losses"][0], 4),
-                "last_loss": round(results[0]["losses"][-1], 4),
-            }
-        )
-    return rows
+                print(
+                    f"{workload}, {name}: {statistics.median(runs[name][-1]['step_seconds']):.3f} s a step", flush=True
+                )
+    return [{"workload": str(workload), "side": name, **summary(workload, results)} for name, results in runs.items()]
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Ours against the peers', each allocator setting by itself."""
-    by_side = {row["side"]: row for row in rows}
-    names = list(by_side)
+def summary(workload: Workload, results: list[dict[str, Any]]) -> dict[str, float]:
+    seconds = [second for result in results for second in result["step_seconds"]]
+    tokens = workload.batch_size * workload.length
     return {
-        f"{ours} / {theirs}": {
-            key: round(by_side[ours][key] / by_side[theirs][key], 3)
-            for key in ("tokens_per_second", "peak_gb", "peak_gb_training", "load_seconds")
-        }
-        for ours, theirs in zip(names[::2], names[1::2], strict=True)
+        "tokens_per_second": round(tokens / statistics.median(seconds), 1),
+        "best_tokens_per_second": round(tokens / min(seconds), 1),
+        "peak_gb": round(statistics.median(result["peak_bytes"] for result in results) / 1e9, 3),
+        "peak_gb_training": round(statistics.median(r["peak_bytes_training"] for r in results) / 1e9, 3),
+        "load_seconds": round(statistics.median(result["load_seconds"] for result in results), 2),
+        "first_loss": round(results[0]["losses"][0], 4),
+        "last_loss": round(results[0]["losses"][-1], 4),
     }
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours against the peers', each workload and allocator setting by itself."""
+    keys = ("tokens_per_second", "peak_gb", "peak_gb_training", "load_seconds")
+    return [
+        {"workload": ours["workload"], "ratio": f"{ours['side']} / {theirs['side']}"}
+        | {key: round(ours[key] / theirs[key], 3) for key in keys}
+        for ours, theirs in zip(rows[::2], rows[1::2], strict=True)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a process, after one to warm up")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--workloads", type=int, nargs="+", default=range(len(WORKLOADS)), metavar="I", help="which")
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--prepare", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.prepare:
-        from benchmarks.smollm2 import prepare
+        from benchmarks.models import prepare
 
-        directory, *sizes = arguments.prepare
-        prepare(Path(directory), *map(int, sizes))
+        model, directory, *sizes = arguments.prepare
+        prepare(model, Path(directory), *map(int, sizes))
         return
     if arguments.side:
         side, directory = arguments.side
         print(json.dumps(run_side(side, Path(directory))))
         return
     refuse_if_red(*TESTS)
-    rows = measure(arguments.rounds, arguments.steps, arguments.batch_size, arguments.length)
+    rows = [row for i in arguments.workloads for row in measure(WORKLOADS[i], arguments.rounds, arguments.steps)]
     print_table(rows)
     compared = ratios(rows)
-    print(json.dumps(compared, indent=2))
-    sizes = {"batch_size": arguments.batch_size, "length": arguments.length, "rank": RANK, "alpha": ALPHA}
-    write("training_step", {**sizes, "rows": rows, "ratios": compared})
+    print_table(compared)
+    write("training_step", {"rank": RANK, "alpha": ALPHA, "rows": rows, "ratios": compared, "floor": floor()})
 
 
 if __name__ == "__main__":
