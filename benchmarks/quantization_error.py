@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import print_table, refuse_if_red, write
-from benchmarks.peers import linear4bit
 from benchmarks.models import load_tokens, prepare
+from benchmarks.peers import linear4bit
 from entrenar.autograd.ops import int4_dequantize, int4_quantize
 from entrenar.lora import QLoRALayer
 
