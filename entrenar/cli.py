@@ -79,6 +79,9 @@ def _finetune(
     clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradients.")] = DEFAULTS.clip_norm,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = DEFAULTS.seed,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = DEFAULTS.checkpoint_every,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute activations anew in the backward: less memory, more time.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
 ) -> None:
     """Train LoRA adapters on the 4-bit weights of a pretrained model."""
@@ -93,6 +96,7 @@ def _finetune(
         clip_norm=clip_norm,
         seed=seed,
         checkpoint_every=checkpoint_every,
+        recompute=recompute,
     )
     # The data comes first: a mistake in it shows before minutes go into loading a large model.
     tokenizer = load_tokenizer(model)

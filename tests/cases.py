@@ -89,6 +89,11 @@ def lora_arguments(sample: str, dtype: torch.dtype) -> tuple:
     return x, codes, scales, bias, torch.randn(rank, x.shape[-1]), torch.randn(codes.shape[0], rank), 0.5, block
 
 
+def dropped_lora_arguments(sample: str, dtype: torch.dtype) -> tuple:
+    arguments = lora_arguments(sample, dtype)
+    return *arguments, torch.nn.functional.dropout(arguments[0], 0.3)
+
+
 def quantize_arguments(sample: str, dtype: torch.dtype) -> tuple:
     _, n, k = SIZES.get(sample, ((6,), 20, 50))
     block = 32 if sample in ("few rows", "batch") else 64
@@ -119,5 +124,12 @@ CASES = {
         lora_arguments,
         (*SIZES, *STRIDED),
         linear_in=(0, 4, 5),
+    ),
+    "int4_lora_linear, dropout": Case(
+        ops.int4_lora_linear.default,
+        int4_lora_linear_reference,
+        dropped_lora_arguments,
+        (*SIZES, *STRIDED),
+        linear_in=(0, 4, 5, 8),
     ),
 }

@@ -81,10 +81,10 @@ Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double s
   return us;
 }
 
-std::tuple<Tensors, Tensors> forward(const Tensor& x, const std::vector<Layer>& layers,
+std::tuple<Tensors, Tensors> forward(const Tensor& x, const Tensor& lora_x, const std::vector<Layer>& layers,
                                      std::optional<Tensor> bias, double scaling) {
   const Tensor input = torch::stable::contiguous(x);
-  Tensors us = project_down(input, layers, scaling), ys;
+  Tensors us = project_down(torch::stable::contiguous(lora_x), layers, scaling), ys;
   int64_t begin = 0;
   for (size_t i = 0; i < layers.size(); i++) {
     const int64_t columns = layers[i].w.rows;
@@ -116,12 +116,13 @@ void outer(const Tensor& narrow, const Tensor& wide, Tensor& out) {
 }
 
 struct Gradients {
-  Tensor dx;
+  Tensor dx, d_lora_x;
   Tensors dA, dB;
 };
 
+// x is what A saw. Where that was not the layer's own x, the gradients of the two are `apart`.
 Gradients backward(const Tensors& dys, const Tensor& x, const std::vector<Layer>& layers, const Tensors& us,
-                   double scaling, bool needs_dx) {
+                   double scaling, bool needs_dx, bool apart) {
   const Tensor input = torch::stable::contiguous(x);
   const int64_t rows = rows_of(x);
   const size_t count = layers.size();
@@ -141,15 +142,18 @@ Gradients backward(const Tensors& dys, const Tensor& x, const std::vector<Layer>
     multiply(&up, 1, false, static_cast<float>(scaling), std::nullopt, dus[i]);
   }
 
-  Gradients result = {needs_dx ? empty_with_last(input, x.size(-1)) : torch::stable::new_empty(x, {0}), {}, {}};
-  if (needs_dx) {
-    std::vector<Term> terms;
-    for (size_t i = 0; i < count; i++) {
-      terms.push_back({gradients[i], layers[i].w});
-      terms.push_back({dus[i], A_of(layers[i])});
-    }
-    multiply(terms.data(), static_cast<int>(terms.size()), false, 1.0f, std::nullopt, result.dx);
+  std::vector<Term> base, adapters;
+  for (size_t i = 0; i < count; i++) {
+    base.push_back({gradients[i], layers[i].w});
+    (apart ? adapters : base).push_back({dus[i], A_of(layers[i])});
   }
+  const auto sum_of = [&](const std::vector<Term>& terms, bool needed) {
+    if (!needed) return torch::stable::new_empty(x, {0});
+    Tensor sum = empty_with_last(input, x.size(-1));
+    multiply(terms.data(), static_cast<int>(terms.size()), false, 1.0f, std::nullopt, sum);
+    return sum;
+  };
+  Gradients result = {sum_of(base, needs_dx), sum_of(adapters, apart), {}, {}};
   for (size_t i = 0; i < count; i++) {
     Tensor dA = torch::stable::new_empty(layers[i].A, {layers[i].rank, layers[i].w.columns});
     outer(dus[i], input, dA);
@@ -163,18 +167,19 @@ Gradients backward(const Tensors& dys, const Tensor& x, const std::vector<Layer>
 
 std::tuple<Tensor, Tensor> int4_lora_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
                                             std::optional<Tensor> bias, const Tensor& lora_A, const Tensor& lora_B,
-                                            double scaling, int64_t block) {
-  const auto [ys, us] = forward(x, {layer_of(x, codes, scales, lora_A, lora_B, block)}, bias, scaling);
+                                            double scaling, int64_t block, std::optional<Tensor> lora_x) {
+  STD_TORCH_CHECK(!lora_x || (dtype_of(*lora_x, "lora_x") == dtype_of(x, "x") && lora_x->numel() == x.numel()),
+                  "lora_x must have x's shape and dtype");
+  const auto [ys, us] = forward(x, lora_x ? *lora_x : x, {layer_of(x, codes, scales, lora_A, lora_B, block)}, bias, scaling);
   return {ys[0], us[0]};
 }
 
-std::tuple<Tensor, Tensor, Tensor> int4_lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& codes,
-                                                             const Tensor& scales, const Tensor& lora_A,
-                                                             const Tensor& lora_B, const Tensor& u, double scaling,
-                                                             int64_t block, bool needs_dx) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> int4_lora_linear_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& lora_A,
+    const Tensor& lora_B, const Tensor& u, double scaling, int64_t block, bool needs_dx, bool apart) {
   const Gradients found =
-      backward({dy}, x, {layer_of(x, codes, scales, lora_A, lora_B, block)}, {u}, scaling, needs_dx);
-  return {found.dx, found.dA[0], found.dB[0]};
+      backward({dy}, x, {layer_of(x, codes, scales, lora_A, lora_B, block)}, {u}, scaling, needs_dx, apart);
+  return {found.dx, found.d_lora_x, found.dA[0], found.dB[0]};
 }
 
 std::tuple<Tensors, Tensors> int4_lora_linears(const Tensor& x, Tensors codes, Tensors scales,
@@ -185,7 +190,7 @@ std::tuple<Tensors, Tensors> int4_lora_linears(const Tensor& x, Tensors codes, T
   for (const Layer& layer : layers) columns += layer.w.rows;
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == columns), "bias must be all biases, one after another: ",
                   columns, " elements");
-  return forward(x, layers, bias, scaling);
+  return forward(x, x, layers, bias, scaling);
 }
 
 std::tuple<Tensor, Tensors, Tensors> int4_lora_linears_backward(Tensors dy, const Tensor& x, Tensors codes,
@@ -193,7 +198,7 @@ std::tuple<Tensor, Tensors, Tensors> int4_lora_linears_backward(Tensors dy, cons
                                                                 Tensors u, double scaling, int64_t block,
                                                                 bool needs_dx) {
   const Gradients found =
-      backward(dy, x, layers_of(x, codes, scales, lora_A, lora_B, block), u, scaling, needs_dx);
+      backward(dy, x, layers_of(x, codes, scales, lora_A, lora_B, block), u, scaling, needs_dx, false);
   return {found.dx, found.dA, found.dB};
 }
 

@@ -126,9 +126,17 @@ class LoRALayer(nn.Module):
         """Map x [..., in_features] to [..., out_features] of the same dtype."""
         _check_features(x, self.in_features)
         base = self.base
-        if isinstance(base, Int4Linear) and not self.drops():
+        if isinstance(base, Int4Linear):
             return int4_lora_linear(
-                x, base.codes, base.scales, base.bias, self.lora_A, self.lora_B, self.scaling, block=base.block
+                x,
+                base.codes,
+                base.scales,
+                base.bias,
+                self.lora_A,
+                self.lora_B,
+                self.scaling,
+                block=base.block,
+                lora_x=self.dropout(x) if self.drops() else None,
             )
         y = base(x)
         x = self.dropout(autocast(x))

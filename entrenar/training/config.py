@@ -13,7 +13,9 @@ class FinetuneConfig:
     `epochs` over the data, unless `max_steps` optimizer steps are given; a step takes `accumulation` batches of
     `batch_size` examples and divides by the labelled tokens of all of them. The learning rate climbs to `lr` over the
     first `warmup` (a share of the steps) and falls to a tenth of it along a cosine. `clip_norm` bounds the gradients'
-    global norm, `checkpoint_every` counts steps, and `seed` decides the order of the data and the dropout.
+    global norm, `checkpoint_every` counts steps, and `seed` decides the order of the data and the dropout. With
+    `recompute` the activations within a decoder layer are computed anew in the backward: a fraction of the memory, for
+    about a third more time.
     """
 
     epochs: int = 1
@@ -26,6 +28,7 @@ class FinetuneConfig:
     clip_norm: float = 1.0
     seed: int = 0
     checkpoint_every: int = 50
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         """Check the numbers; raises ValueError naming the one that makes no sense."""

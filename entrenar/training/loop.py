@@ -92,6 +92,8 @@ def finetune(
         state.samples_before = sample_answers(model, tokenizer, heldout)
 
     model.train()
+    if config.recompute:
+        _recompute_activations(model)
     with MetricsLog(out / "metrics.jsonl", last_step=state.step) as log, stop_between_steps() as stopping:
         for step in range(state.step + 1, plan.total_steps + 1):
             lr = schedule.get_lr(step - 1)
@@ -124,6 +126,15 @@ def finetune(
     write_report(out / REPORT, report)
     (out / CHECKPOINT).unlink()
     return report
+
+
+def _recompute_activations(model: nn.Module) -> None:
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        raise ValueError(
+            f"{type(model).__name__} cannot recompute activations: it has no activation_checkpointing_enable"
+        )
+    enable({"use_reentrant": False})
 
 
 def _check(model: nn.Module, train: Sequence[Example], heldout: Sequence[Example]) -> dict[str, nn.Parameter]:

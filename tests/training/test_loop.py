@@ -184,3 +184,27 @@ def test_text_can_be_trained_on_and_sampled(tmp_path: Path) -> None:
 def test_a_running_mean_of_a_constant_is_that_constant() -> None:
     assert running_mean([2.5] * 7) == pytest.approx([2.5] * 7)
     assert running_mean([1.0, 3.0]) == pytest.approx([1.0, (0.09 * 1 + 0.1 * 3) / 0.19])
+
+
+def test_recomputed_activations_train_the_same_adapter(tmp_path: Path) -> None:
+    _, kept, _ = run(tmp_path / "kept", epochs=2)
+    _, recomputed, _ = run(tmp_path / "recomputed", epochs=2, recompute=True)
+    assert recomputed.is_gradient_checkpointing
+    for name, parameter in recomputed.named_parameters():
+        torch.testing.assert_close(parameter, kept.get_parameter(name), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_cannot_recompute_is_refused(tmp_path: Path) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+            self.get_output_embeddings = model.get_output_embeddings
+            self.generate = model.generate
+            self.config = model.config
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.model(**inputs)
+
+    with pytest.raises(ValueError, match="Wrapper cannot recompute activations"):
+        run(tmp_path, Wrapper(add_adapters(make_model())), recompute=True)

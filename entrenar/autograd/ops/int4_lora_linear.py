@@ -28,6 +28,7 @@ def int4_lora_linear(
     scaling: float,
     *,
     block: int = 64,
+    lora_x: Tensor | None = None,
 ) -> Tensor:
     """Apply y = x Wᵀ + b + scaling (x Aᵀ) Bᵀ in one pass, with W in int4 (`int4_quantize`).
 
@@ -38,19 +39,25 @@ def int4_lora_linear(
         lora_A: [r, K]; lora_B: [N, r]; floating point, used in x's dtype, with float32 sums.
         scaling: alpha / rank.
         block: elements that share a scale, 64 or 32.
+        lora_x: what A sees instead of x, of x's shape: x after dropout.
 
     Returns:
         [..., N] of x's dtype.
 
-    Differentiable in x, lora_A and lora_B. With u = scaling x Aᵀ and du = scaling dy B:
-    dx = dy W + du A, dA = duᵀ x, dB = dyᵀ u. There is no second derivative: asking for one raises.
+    Differentiable in x, lora_A, lora_B and lora_x. With u = scaling x Aᵀ and du = scaling dy B:
+    dx = dy W + du A, dA = duᵀ x, dB = dyᵀ u. Where lora_x is given it stands for x in dA, and du A is its gradient.
+    There is no second derivative: asking for one raises.
     Raises ValueError where sizes or dtypes do not match.
     """
     x = autocast(x)
     check_linear(x, codes, scales, bias, block)
     check_lora(x, codes, lora_A, lora_B)
+    if lora_x is not None:
+        lora_x = autocast(lora_x)
+        if lora_x.shape != x.shape or lora_x.dtype != x.dtype:
+            raise ValueError(f"lora_x is {tuple(lora_x.shape)} {lora_x.dtype}, and x {tuple(x.shape)} {x.dtype}")
     y, _ = torch.ops.entrenar.int4_lora_linear(
-        x, codes, scales, wide_bias(bias), lora_A.float(), lora_B.float(), float(scaling), block
+        x, codes, scales, wide_bias(bias), lora_A.float(), lora_B.float(), float(scaling), block, lora_x
     )
     return y
 
@@ -74,10 +81,11 @@ def int4_lora_linear_reference(
     lora_B: Tensor,
     scaling: float,
     block: int,
+    lora_x: Tensor | None = None,
 ) -> Tensor:
     """`int4_lora_linear` in plain torch, computed in float32 or x's dtype if that is wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    u = scaling * (x.to(wide) @ lora_A.to(wide).T)
+    u = scaling * ((x if lora_x is None else lora_x).to(wide) @ lora_A.to(wide).T)
     return (int4_linear_reference(x.to(wide), codes, scales, bias, block) + u @ lora_B.to(wide).T).to(x.dtype)
 
 
@@ -90,6 +98,7 @@ def _int4_lora_linear_fake(
     lora_B: Tensor,
     scaling: float,
     block: int,
+    lora_x: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:-1], codes.shape[0]), x.new_empty(*x.shape[:-1], lora_A.shape[0])
 
@@ -105,19 +114,23 @@ def _int4_lora_linear_backward_fake(
     scaling: float,
     block: int,
     needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else x.new_empty(0)
-    return dx, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
+    apart: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def like_x(needed: bool) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
+
+    return like_x(needs_dx), like_x(apart), lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
 
 
 define(
     "int4_lora_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, Tensor lora_A, Tensor lora_B, "
-    "float scaling, int block) -> (Tensor y, Tensor u)",
+    "float scaling, int block, Tensor? lora_x=None) -> (Tensor y, Tensor u)",
     _int4_lora_linear_fake,
 )
 define(
     "int4_lora_linear_backward(Tensor dy, Tensor x, Tensor codes, Tensor scales, Tensor lora_A, Tensor lora_B, "
-    "Tensor u, float scaling, int block, bool needs_dx) -> (Tensor dx, Tensor dA, Tensor dB)",
+    "Tensor u, float scaling, int block, bool needs_dx, bool apart) "
+    "-> (Tensor dx, Tensor d_lora_x, Tensor dA, Tensor dB)",
     _int4_lora_linear_backward_fake,
 )
 
@@ -135,23 +148,27 @@ class Int4LoRALinearFunction(Function):
         lora_B: Tensor,
         scaling: float,
         block: int,
+        lora_x: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.entrenar.int4_lora_linear(x, codes, scales, bias, lora_A, lora_B, scaling, block)
+        return torch.ops.entrenar.int4_lora_linear(x, codes, scales, bias, lora_A, lora_B, scaling, block, lora_x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, codes, scales, _, lora_A, lora_B, ctx.scaling, ctx.block = inputs
+        x, codes, scales, _, lora_A, lora_B, ctx.scaling, ctx.block, lora_x = inputs
         _, u = output
         ctx.mark_non_differentiable(u)
-        ctx.save_for_backward(x, codes, scales, lora_A, lora_B, u)
+        # With a lora_x of its own, nothing in the backward needs x itself.
+        ctx.save_for_backward(x if lora_x is None else lora_x, codes, scales, lora_A, lora_B, u)
+        ctx.apart = lora_x is not None
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, du: Tensor) -> tuple[Tensor | None, ...]:
         x, codes, scales, lora_A, lora_B, u = ctx.saved_tensors
-        dx, dA, dB = torch.ops.entrenar.int4_lora_linear_backward(
-            dy, x, codes, scales, lora_A, lora_B, u, ctx.scaling, ctx.block, ctx.needs_input_grad[0]
+        needs_dx = ctx.needs_input_grad[0]
+        dx, d_lora_x, dA, dB = torch.ops.entrenar.int4_lora_linear_backward(
+            dy, x, codes, scales, lora_A, lora_B, u, ctx.scaling, ctx.block, needs_dx, ctx.apart
         )
-        return dx if ctx.needs_input_grad[0] else None, None, None, None, dA, dB, None, None
+        return dx if needs_dx else None, None, None, None, dA, dB, None, None, d_lora_x if ctx.apart else None
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
