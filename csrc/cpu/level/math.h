@@ -5,12 +5,20 @@
 
 namespace {
 
+// a > b ? a : b and a < b ? a : b, so b where either is NaN; gcc takes two instructions for such a choice.
+#if defined(__AVX512F__)
+inline vfloat larger(vfloat a, vfloat b) { return (vfloat)_mm512_max_ps((__m512)a, (__m512)b); }
+inline vfloat smaller(vfloat a, vfloat b) { return (vfloat)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
+inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
+inline vfloat smaller(vfloat a, vfloat b) { return a < b ? a : b; }
+#endif
+
 // e^x, off by at most 1.01 units in the last place over all x; right at subnormal results, overflow, infinity and NaN.
 // Cody and Waite: x = n ln 2 + r with ln 2 in two parts, of which n times the first is exact; e^r by a polynomial.
 inline vfloat vexp(vfloat x) {
   const vfloat highest = broadcast(105.0f);  // from here on the result is infinite, below its negative 0
-  x = x > highest ? highest : x;
-  x = x < -highest ? -highest : x;
+  x = larger(-highest, smaller(highest, x));
   const vfloat shift = broadcast(0x1.8p23f);  // the sum's last bit is worth one, so it rounds to an integer
   const vfloat shifted = x * 0x1.715476p+0f + shift;
   const vfloat n = shifted - shift;

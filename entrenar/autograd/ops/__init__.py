@@ -2,6 +2,7 @@
 
 from entrenar.autograd.ops._library import cpu_level, load_kernels, set_cpu_level
 from entrenar.autograd.ops.activation import gelu, log_softmax, relu, sigmoid, silu, softmax, tanh
+from entrenar.autograd.ops import _attention_kernel
 from entrenar.autograd.ops.attention import attention, scaled_dot_product_attention
 from entrenar.autograd.ops.elementwise import add, div, exp, log, mul, neg, pow, sqrt, sub
 from entrenar.autograd.ops.embedding import dropout, embedding
