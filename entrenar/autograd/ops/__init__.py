@@ -2,7 +2,6 @@
 
 from entrenar.autograd.ops._library import cpu_level, load_kernels, set_cpu_level
 from entrenar.autograd.ops.activation import gelu, log_softmax, relu, sigmoid, silu, softmax, tanh
-from entrenar.autograd.ops import _attention_kernel
 from entrenar.autograd.ops.attention import attention, scaled_dot_product_attention
 from entrenar.autograd.ops.elementwise import add, div, exp, log, mul, neg, pow, sqrt, sub
 from entrenar.autograd.ops.embedding import dropout, embedding
@@ -12,6 +11,7 @@ from entrenar.autograd.ops.int4_lora_linear import int4_lora_linear
 from entrenar.autograd.ops.loss import cross_entropy, mse, mse_loss
 from entrenar.autograd.ops.matmul import linear, matmul
 from entrenar.autograd.ops.norm import layer_norm, rms_norm
+from entrenar.autograd.ops.packed_attention import packed_attention
 from entrenar.autograd.ops.reduction import mean, sum
 from entrenar.autograd.ops.rotary import rotary_embedding
 from entrenar.autograd.ops.shape import cat, expand, getitem, permute, reshape, transpose
@@ -44,6 +44,7 @@ __all__ = [
     "mse_loss",
     "mul",
     "neg",
+    "packed_attention",
     "permute",
     "pow",
     "relu",
