@@ -189,7 +189,7 @@ def test_a_running_mean_of_a_constant_is_that_constant() -> None:
 def test_recomputed_activations_train_the_same_adapter(tmp_path: Path) -> None:
     _, kept, _ = run(tmp_path / "kept", epochs=2)
     _, recomputed, _ = run(tmp_path / "recomputed", epochs=2, recompute=True)
-    assert recomputed.is_gradient_checkpointing
+    assert recomputed.is_activation_checkpointing
     for name, parameter in recomputed.named_parameters():
         torch.testing.assert_close(parameter, kept.get_parameter(name), rtol=1e-4, atol=1e-5)
 

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "../../weight.h"
+#include "attention_block.h"
 
 namespace entrenar {
 
@@ -53,6 +54,20 @@ struct Kernels {
   void (*pack_outer)(const void* a, Dtype dtype, int64_t rows, int64_t rank, uint32_t* packed);
   void (*outer)(const uint32_t* packed, int64_t rank, const void* b, Dtype dtype, int64_t rows, int64_t columns,
                 int64_t column_begin, int64_t column_end, float* out);
+
+  // Up to kAttentionBlock keys and values, packed into a tile of so many 32-bit words.
+  int64_t (*attention_tile_words)(const AttentionKind* kind, bool backward);
+  void (*attention_pack)(const AttentionKind* kind, bool backward, ConstRows k, ConstRows v, int64_t keys,
+                         uint32_t* tile, void* scratch);
+  int64_t (*attention_scratch_bytes)();
+  void (*attention_forward)(const AttentionKind* kind, const AttentionBlock* block, const AttentionOutput* output,
+                            void* scratch);
+  void (*attention_backward)(const AttentionKind* kind, const AttentionBlock* block, const AttentionGradient* gradient,
+                             void* scratch);
+
+  // A tile of dk or dv: the sum of `count` parts, times `scale`.
+  void (*attention_sum)(const float* parts, int64_t count, int64_t part_stride, float scale, Dtype dtype, int64_t keys,
+                        int64_t columns, Rows out);
 };
 
 constexpr int64_t kTileColumns = 64;

@@ -1,4 +1,5 @@
 // The kernels of one level, compiled once for each instruction set.
+#include "attention.h"
 #include "codec.h"
 #include "dot.h"
 #include "kernels.h"
@@ -12,6 +13,7 @@ namespace entrenar {
 
 const Kernels TABLE(LEVEL) = {
     kBFloat16Units, quantize, dequantize, to_units, product, product_scratch_bytes, dot, pack_outer, outer,
+    attention_tile_words, attention_pack, attention_scratch_bytes, attention_forward, attention_backward, attention_sum,
 };
 
 }  // namespace entrenar

@@ -12,6 +12,7 @@ from entrenar.autograd.ops.int4_lora_linears import int4_lora_linears
 from entrenar.autograd.ops.loss import cross_entropy, mse, mse_loss
 from entrenar.autograd.ops.matmul import linear, matmul
 from entrenar.autograd.ops.norm import layer_norm, rms_norm
+from entrenar.autograd.ops.packed_attention import packed_attention
 from entrenar.autograd.ops.reduction import mean, sum
 from entrenar.autograd.ops.rotary import rotary_embedding
 from entrenar.autograd.ops.shape import cat, expand, getitem, permute, reshape, transpose
@@ -45,6 +46,7 @@ __all__ = [
     "mse_loss",
     "mul",
     "neg",
+    "packed_attention",
     "permute",
     "pow",
     "relu",

@@ -1,7 +1,8 @@
 """Attention without a matrix of all scores: a block of query rows at a time, forward and backward.
 
 As in Dao et al., FlashAttention, https://arxiv.org/abs/2205.14135, the backward computes the probabilities anew instead
-of keeping them. A block has whole rows, so their softmax needs nothing else than query and key.
+of keeping them. A kernel does so where there is one; elsewhere torch's operations do, with whole rows in a block, whose
+softmax needs nothing else than query and key.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from entrenar.autograd.ops._attention_kernel import attention_backward, attention_forward, has_kernel
 from entrenar.autograd.ops._autocast import autocast
 from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex, widen
@@ -57,6 +59,9 @@ def scaled_dot_product_attention(
     Query, key, value and mask are kept, and one block of scores exists at a time: memory is linear in T and in S. A
     second derivative works, but keeps all blocks of the backward, whose memory is quadratic.
 
+    There is a kernel for float32 and bfloat16 on the CPU, without a mask (but is_causal) and dropout, for up to 256
+    columns, where nothing is broadcast; for its backward the output and a number for each query are kept too.
+
     Raises RuntimeError where shapes, dtypes or devices do not match, TypeError for values that are not floating point.
     """
     query, key, value = autocast(query), autocast(key), autocast(value)
@@ -66,7 +71,8 @@ def scaled_dot_product_attention(
     if scale is None:
         scale = 1 / math.sqrt(max(query.shape[-1], 1))
     seed = int(torch.randint(2**63 - 1, ())) if dropout_p > 0 else None
-    return AttentionFunction.apply(query, key, value, attn_mask, scale, dropout_p, seed, is_causal, enable_gqa)
+    output, _ = AttentionFunction.apply(query, key, value, attn_mask, scale, dropout_p, seed, is_causal, enable_gqa)
+    return output
 
 
 attention = scaled_dot_product_attention
@@ -110,8 +116,21 @@ def _check(
         raise RuntimeError(f"attn_mask must be of torch.bool, torch.float32 or {query.dtype}, not {attn_mask.dtype}")
 
 
+class AttentionSettings(NamedTuple):
+    """What AttentionFunction takes beside tensors; `seed` is None without dropout."""
+
+    scale: float
+    dropout_p: float
+    seed: int | None
+    is_causal: bool
+    enable_gqa: bool
+
+
 class AttentionFunction(Function):
-    """O = (P M) V with P = softmax(S); dP = dO Vᵀ M, dS = P (dP - rowsum(P dP))."""
+    """O = (P M) V with P = softmax(S); dP = dO Vᵀ M, dS = P (dP - rowsum(P dP)).
+
+    The second result is the kernel's logarithms of the softmax's sums, and empty where there is no kernel.
+    """
 
     generate_vmap_rule = True
 
@@ -126,7 +145,9 @@ class AttentionFunction(Function):
         seed: int | None,
         is_causal: bool,
         enable_gqa: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        if attn_mask is None and seed is None and has_kernel(query, key, value, enable_gqa):
+            return attention_forward(query, key, value, None, scale, is_causal)
         outputs = []
         with torch.autocast(query.device.type, enabled=False):
             heads = _Heads(query, key, value, attn_mask, scale, is_causal, enable_gqa)
@@ -136,52 +157,81 @@ class AttentionFunction(Function):
                 p = _multiply(p, _dropout_factors(p, dropout_p, generator))
                 outputs.append(heads.split(heads.clear(torch.bmm(p, heads.v[:, block.keys]), block)))
         output = torch.cat(outputs, dim=-2).to(query.dtype)
-        return output.view(*heads.shape, *output.shape[-2:])
+        return output.view(*heads.shape, *output.shape[-2:]), query.new_empty(0)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        query, key, value, attn_mask, *ctx.settings = inputs
-        ctx.save_for_backward(query, key, value, attn_mask)
+    def setup_context(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
+        query, key, value, attn_mask, *settings = inputs
+        output, lse = outputs
+        ctx.mark_non_differentiable(lse)
+        ctx.settings = AttentionSettings(*settings)
+        ctx.by_kernel = lse.dim() > 1
+        ctx.save_for_backward(query, key, value, attn_mask, *((output, lse) if ctx.by_kernel else ()))
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, attn_mask = ctx.saved_tensors
-        scale, dropout_p, seed, is_causal, enable_gqa = ctx.settings
-        needs_query, needs_key, needs_value, needs_mask, *_ = ctx.needs_input_grad
-        dq_blocks, dk_sum, dv_sum, dmask_blocks = [], None, None, []
-        with torch.autocast(query.device.type, enabled=False):
-            heads = _Heads(query, key, value, attn_mask, scale, is_causal, enable_gqa)
-            generator = _generator(seed, query.device)
-            d_output = heads.fold(d_output)
-            for block in heads.blocks():
-                rows, keys = block.rows, block.keys
-                p = heads.probabilities(block)
-                factors = _dropout_factors(p, dropout_p, generator)
-                dy = heads.clear(heads.stack(d_output, rows), block)
-                if needs_value:
-                    dv_sum = heads.add_to_keys(dv_sum, torch.bmm(_multiply(p, factors).mT, dy))
-                if not (needs_query or needs_key or needs_mask):
-                    continue
-                dp = _multiply(torch.bmm(dy, heads.v[:, keys].mT), factors)
-                p_dp = p * dp
-                ds = torch.addcmul(p_dp, p, p_dp.sum(-1, keepdim=True), value=-1)
-                if needs_query:
-                    dq_blocks.append(heads.split(torch.bmm(ds, heads.k[:, keys])))
-                if needs_key:
-                    dk_sum = heads.add_to_keys(dk_sum, torch.bmm(ds.mT, heads.stack(heads.q, rows)))
-                if needs_mask:
-                    dmask_blocks.append(heads.mask_gradient(ds, attn_mask.shape))
-        dq = dk = dv = dmask = None
-        if needs_query:
-            dq = torch.cat(dq_blocks, dim=-2) * scale
-            dq = fit(dq.view(*heads.shape, *query.shape[-2:]), layout(query))
-        if dk_sum is not None:
-            dk = fit(dk_sum.view(*heads.lead, *key.shape[-2:]), layout(key))
-        if dv_sum is not None:
-            dv = fit(dv_sum.view(*heads.lead, *value.shape[-2:]), layout(value))
-        if needs_mask:
-            dmask = fit(torch.cat(dmask_blocks, dim=-2), layout(attn_mask))
-        return dq, dk, dv, dmask, *(None for _ in ctx.settings)
+    def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, attn_mask, *kept = ctx.saved_tensors
+        settings = ctx.settings
+        gradients: tuple[Tensor | None, ...]
+        if ctx.by_kernel and not torch.is_grad_enabled():  # a kernel's gradients could not be differentiated again
+            output, lse = kept
+            gradients = attention_backward(
+                d_output, query, key, value, output, lse, None, settings.scale, settings.is_causal
+            )
+            gradients = (*gradients, None)
+        else:
+            needs = ctx.needs_input_grad[:4]
+            gradients = attention_gradients(d_output, query, key, value, attn_mask, settings, needs)
+        return *gradients, *(None for _ in settings)
+
+
+def attention_gradients(
+    d_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    settings: AttentionSettings,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of query, key, value and mask that are needed, by operations that can be differentiated again."""
+    needs_query, needs_key, needs_value, needs_mask = needs
+    scale, dropout_p, seed, is_causal, enable_gqa = settings
+    dq_blocks, dk_sum, dv_sum, dmask_blocks = [], None, None, []
+    with torch.autocast(query.device.type, enabled=False):
+        heads = _Heads(query, key, value, attn_mask, scale, is_causal, enable_gqa)
+        generator = _generator(seed, query.device)
+        d_output = heads.fold(d_output)
+        for block in heads.blocks():
+            rows, keys = block.rows, block.keys
+            p = heads.probabilities(block)
+            factors = _dropout_factors(p, dropout_p, generator)
+            dy = heads.clear(heads.stack(d_output, rows), block)
+            if needs_value:
+                dv_sum = heads.add_to_keys(dv_sum, torch.bmm(_multiply(p, factors).mT, dy))
+            if not (needs_query or needs_key or needs_mask):
+                continue
+            dp = _multiply(torch.bmm(dy, heads.v[:, keys].mT), factors)
+            p_dp = p * dp
+            ds = torch.addcmul(p_dp, p, p_dp.sum(-1, keepdim=True), value=-1)
+            if needs_query:
+                dq_blocks.append(heads.split(torch.bmm(ds, heads.k[:, keys])))
+            if needs_key:
+                dk_sum = heads.add_to_keys(dk_sum, torch.bmm(ds.mT, heads.stack(heads.q, rows)))
+            if needs_mask:
+                assert attn_mask is not None
+                dmask_blocks.append(heads.mask_gradient(ds, attn_mask.shape))
+    dq = dk = dv = dmask = None
+    if needs_query:
+        dq = torch.cat(dq_blocks, dim=-2) * scale
+        dq = fit(dq.view(*heads.shape, *query.shape[-2:]), layout(query))
+    if dk_sum is not None:
+        dk = fit(dk_sum.view(*heads.lead, *key.shape[-2:]), layout(key))
+    if dv_sum is not None:
+        dv = fit(dv_sum.view(*heads.lead, *value.shape[-2:]), layout(value))
+    if needs_mask:
+        dmask = fit(torch.cat(dmask_blocks, dim=-2), layout(attn_mask))
+    return dq, dk, dv, dmask
 
 
 class _Block(NamedTuple):

@@ -1,0 +1,52 @@
+// What the attention kernels of a level are given. Plain C types only.
+#pragma once
+
+#include <stdint.h>
+
+#include "../../weight.h"
+
+namespace entrenar {
+
+constexpr int64_t kAttentionBlock = 64;        // queries, and keys, that are worked on at a time
+constexpr int64_t kMaxAttentionColumns = 256;  // of a head
+
+// A head's matrix in a tensor: its rows lie `stride` elements apart.
+struct Rows {
+  void* data;
+  int64_t stride;
+};
+struct ConstRows {
+  const void* data;
+  int64_t stride;
+};
+
+struct AttentionKind {
+  Dtype dtype;  // of all tensors; sums and softmax are float32
+  bool causal;
+  float scale;
+  int64_t columns, value_columns;
+};
+
+// Up to kAttentionBlock queries of a head, and the packed keys of their sequence.
+struct AttentionBlock {
+  int64_t first, queries;  // `first` is a multiple of kAttentionBlock
+  ConstRows q;
+  int64_t keys;
+  const uint32_t* packed;
+};
+
+struct AttentionOutput {
+  Rows o;
+  float* lse;  // of each query the logarithm of its sum of exponentials
+};
+
+// dk and dv are what the block's gradients are added to: dk without the factor `scale`, both in tiles of
+// kAttentionBlock keys, and these in panels of kAttentionBlock columns.
+struct AttentionGradient {
+  ConstRows o, d_o;
+  const float* lse;
+  Rows dq;
+  float *dk, *dv;
+};
+
+}  // namespace entrenar

@@ -1,0 +1,142 @@
+// Matrices of a head in the layouts that the product kernel reads. A unit is a float32, or a pair of bfloat16 that are
+// neighbours in the contraction.
+#pragma once
+
+#include "attention_block.h"
+#include "product.h"
+
+namespace {
+
+constexpr int kBlock = kAttentionBlock;
+constexpr int kMaxColumns = kMaxAttentionColumns;
+
+static_assert(kBlock == kTileColumns, "a panel of the product kernel is as wide as a block");
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+template <bool kPairs>
+constexpr int kUnit = Tile<kPairs>::kUnit;
+template <bool kPairs>
+constexpr int kBlockUnits = kBlock / kUnit<kPairs>;
+
+inline const void* element(Dtype dtype, ConstRows rows, int64_t row, int64_t column) {
+  return (const char*)rows.data + (row * rows.stride + column) * (dtype == kFloat32 ? 4 : 2);
+}
+
+// out[row][unit of columns]; zero beyond the columns.
+template <bool kPairs>
+void pack_rows(Dtype dtype, ConstRows x, int64_t rows, int64_t columns, uint32_t* out, int64_t stride) {
+  for (int64_t r = 0; r < rows; r++) {
+    to_units(element(dtype, x, r, 0), dtype, 1, columns, kPairs, out + r * stride, stride);
+  }
+}
+
+// out[unit of rows][column]; zero beyond the columns, and for the missing half of a last pair.
+template <bool kPairs>
+void pack_row_units(Dtype dtype, ConstRows x, int64_t rows, int64_t columns, uint32_t* out, int64_t stride) {
+  if (!kPairs) return pack_rows<false>(dtype, x, rows, columns, out, stride);
+  for (int64_t r = 0; r < rows; r += 2, out += stride) {
+    const uint16_t* first = (const uint16_t*)element(dtype, x, r, 0);
+    if (r + 1 < rows) {
+      const uint16_t* second = (const uint16_t*)element(dtype, x, r + 1, 0);
+      for (int64_t c = 0; c < columns; c++) out[c] = first[c] | (uint32_t)second[c] << 16;
+    } else {
+      for (int64_t c = 0; c < columns; c++) out[c] = first[c];
+    }
+    __builtin_memset(out + columns, 0, (stride - columns) * sizeof *out);
+  }
+}
+
+// out[panel of kBlock columns][unit of rows][column].
+template <bool kPairs>
+void pack_panels(Dtype dtype, ConstRows x, int64_t rows, int64_t columns, uint32_t* out) {
+  for (int64_t c = 0; c < columns; c += kBlock, out += kBlockUnits<kPairs> * kBlock) {
+    const ConstRows panel = {element(dtype, x, 0, c), x.stride};
+    pack_row_units<kPairs>(dtype, panel, rows, least(kBlock, columns - c), out, kBlock);
+  }
+}
+
+typedef uint32_t Packing[kBlock * kMaxColumns];
+
+// out[unit of columns][row], with kBlock rows: zero beyond those of x. Units up to a multiple of 16 are written.
+template <bool kPairs>
+void pack_rows_transposed(Dtype dtype, ConstRows x, int64_t rows, int64_t columns, Packing& packing, uint32_t* out) {
+  const int64_t units = ceil_div(columns, kUnit<kPairs>), stride = round_up(units, 16);
+  pack_rows<kPairs>(dtype, x, rows, columns, packing, stride);
+  __builtin_memset(packing + rows * stride, 0, (kBlock - rows) * stride * sizeof *packing);
+  transpose(packing, stride, kBlock, units, out, kBlock);
+}
+
+// out[column][unit of rows], with kBlock rows. Columns up to a multiple of 16 are written.
+template <bool kPairs>
+void pack_row_units_transposed(Dtype dtype, ConstRows x, int64_t rows, int64_t columns, Packing& packing,
+                               uint32_t* out) {
+  const int64_t stride = round_up(columns, 16);
+  pack_row_units<kPairs>(dtype, x, rows, columns, packing, stride);
+  transpose(packing, stride, round_up(ceil_div(rows, kUnit<kPairs>), 16), columns, out, kBlockUnits<kPairs>);
+}
+
+// Up to kBlock keys with their values. The forward contracts the columns of K and the rows of V, the backward the
+// columns of both and the rows of K: it has V where the forward has nothing, and Kᵀ where the forward has Vᵀ.
+template <bool kPairs>
+struct KeyTile {
+  int64_t units, value_units, value, transposed, words;
+
+  KeyTile(const AttentionKind& kind, bool backward)
+      : units(ceil_div(kind.columns, kUnit<kPairs>)), value_units(ceil_div(kind.value_columns, kUnit<kPairs>)) {
+    value = kBlock * units;
+    transposed = value + (backward ? kBlock * value_units : 0);
+    words = transposed + round_up(backward ? kind.columns : kind.value_columns, 16) * kBlockUnits<kPairs>;
+  }
+};
+
+template <bool kPairs>
+void pack_keys(const AttentionKind& kind, bool backward, ConstRows k, ConstRows v, int64_t keys, Packing& packing,
+               uint32_t* out) {
+  const KeyTile<kPairs> tile(kind, backward);
+  const int64_t padding = round_up(keys, kUnit<kPairs>) - keys;
+  pack_rows<kPairs>(kind.dtype, k, keys, kind.columns, out, tile.units);
+  __builtin_memset(out + keys * tile.units, 0, padding * tile.units * sizeof *out);
+  if (backward) {
+    uint32_t* value = out + tile.value;
+    pack_rows<kPairs>(kind.dtype, v, keys, kind.value_columns, value, tile.value_units);
+    __builtin_memset(value + keys * tile.value_units, 0, padding * tile.value_units * sizeof *value);
+    pack_row_units_transposed<kPairs>(kind.dtype, k, keys, kind.columns, packing, out + tile.transposed);
+  } else {
+    pack_row_units_transposed<kPairs>(kind.dtype, v, keys, kind.value_columns, packing, out + tile.transposed);
+  }
+}
+
+// A row of float32, which can be read up to a whole number of vectors.
+inline void store_row(Dtype dtype, const float* values, int64_t columns, void* out) {
+  if (dtype == kFloat32) {
+    __builtin_memcpy(out, values, columns * sizeof *values);
+    return;
+  }
+  uint16_t* to = (uint16_t*)out;
+  int64_t c = 0;
+  for (; c + kLanes <= columns; c += kLanes) store_bfloat16(to + c, load<vfloat>(values + c));
+  if (c < columns) {
+    uint16_t rounded[kLanes];
+    store_bfloat16(rounded, load<vfloat>(values + c));
+    __builtin_memcpy(to + c, rounded, (columns - c) * sizeof *to);
+  }
+}
+
+inline void* element(Dtype dtype, Rows rows, int64_t row, int64_t column) {
+  return const_cast<void*>(element(dtype, ConstRows{rows.data, rows.stride}, row, column));
+}
+
+// Sums [column][kBlock queries] as rows of a tensor.
+inline void store_transposed(Dtype dtype, const float* sums, int64_t queries, int64_t columns, Packing& packing,
+                             Rows out) {
+  const int64_t stride = round_up(columns, 16);
+  transpose((const uint32_t*)sums, kBlock, columns, kBlock, packing, stride);
+  for (int64_t q = 0; q < queries; q++) {
+    store_row(dtype, (const float*)packing + q * stride, columns, element(dtype, out, q, 0));
+  }
+}
+
+}  // namespace

@@ -1,0 +1,119 @@
+"""The compiled attention: which tensors it takes, and how they reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entrenar.autograd.ops._library import define, library
+
+MAX_COLUMNS = 256
+
+
+def has_kernel(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether kernels compute the attention of these tensors, if nothing is masked but the future, and nothing dropped.
+
+    They do on the CPU for float32 and bfloat16, up to MAX_COLUMNS columns, if leading dimensions are not broadcast.
+    """
+    own = 3 if enable_gqa else 2
+    return (
+        query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.bfloat16)
+        and max(query.shape[-1], value.shape[-1]) <= MAX_COLUMNS
+        and query.shape[:-own] == key.shape[:-own] == value.shape[:-own]
+    )
+
+
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The output, and of each query the logarithm of its sum of exponentials, in float32 [B, H, T]."""
+    o, lse = torch.ops.entrenar.attention(_heads(query), _heads(key), _heads(value), offsets, scale, causal)
+    return o.view(*query.shape[:-1], value.shape[-1]), lse
+
+
+def attention_backward(
+    d_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    offsets: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of query, key and value."""
+    heads = [_heads(x) for x in (d_output, query, key, value, output)]
+    gradients = torch.ops.entrenar.attention_backward(*heads, lse, offsets, scale, causal)
+    return tuple(d.view(x.shape) for d, x in zip(gradients, (query, key, value), strict=True))
+
+
+def _heads(x: Tensor) -> Tensor:
+    """[..., H, T, C] as [B, H, T, C] with contiguous columns."""
+    while x.dim() < 4:
+        x = x.unsqueeze(0)
+    x = x.flatten(0, -4)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _new_heads(x: Tensor, columns: int) -> Tensor:
+    batch, heads, rows, _ = x.shape
+    return x.new_empty(batch, rows, heads, columns).transpose(1, 2)
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    return _new_heads(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _attention_backward_fake(
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    offsets: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_heads(q, q.shape[-1]), _new_heads(k, k.shape[-1]), _new_heads(v, v.shape[-1])
+
+
+define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? offsets, float scale, bool causal) -> (Tensor o, Tensor lse)",
+    _attention_fake,
+)
+define(
+    "attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? offsets, float scale, "
+    "bool causal) -> (Tensor dq, Tensor dk, Tensor dv)",
+    _attention_backward_fake,
+)
+
+
+def _more_heads(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """The rule of torch.func.vmap: what is mapped over is more heads."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        def merge(x: Any, dim: int | None) -> Any:
+            if not isinstance(x, Tensor) or (x.dtype == torch.int64 and dim is None):
+                return x
+            if not x.is_floating_point():
+                raise NotImplementedError("the offsets of packed sequences must be the same throughout torch.func.vmap")
+            x = x.movedim(dim, 1) if dim is not None else x.unsqueeze(1).expand(-1, info.batch_size, *x.shape[1:])
+            x = x.flatten(1, 2)
+            return _heads(x) if x.dim() == 4 else x.contiguous()
+
+        results = op(*map(merge, args, in_dims))
+        return tuple(y.unflatten(1, (info.batch_size, -1)) for y in results), (1,) * len(results)
+
+    return rule
+
+
+for _op in (torch.ops.entrenar.attention.default, torch.ops.entrenar.attention_backward.default):
+    torch.library.register_vmap(_op, _more_heads(_op), lib=library)
