@@ -28,6 +28,18 @@ struct Product {
   int64_t rows, columns;
 };
 
+// For each row of logits the loss and its gradient times a scale (1 without scales), each where it is wanted.
+struct CrossEntropy {
+  Dtype dtype;  // of logits and gradient
+  const void* logits;
+  int64_t rows, classes;
+  const int64_t* targets;
+  int64_t ignore_index;
+  const float* scales;
+  void* gradient;  // may be the logits
+  float* losses;
+};
+
 struct Kernels {
   bool bfloat16_units;  // whether bfloat16 is multiplied in pairs; otherwise as float32
 
@@ -51,6 +63,8 @@ struct Kernels {
   // out[i, c] = sum over m of a[m, i] b[m, c], for c in [column_begin, column_end); out has `columns` columns.
   void (*outer)(const float* a, int64_t rank, const void* b, Dtype dtype, int64_t rows, int64_t columns,
                 int64_t column_begin, int64_t column_end, float* out);
+
+  void (*cross_entropy)(const CrossEntropy* p, int64_t row_begin, int64_t row_end);
 };
 
 constexpr int64_t kTileColumns = 64;

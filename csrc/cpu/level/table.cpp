@@ -1,5 +1,6 @@
 // The kernels of one level, compiled once for each instruction set.
 #include "codec.h"
+#include "cross_entropy.h"
 #include "dot.h"
 #include "kernels.h"
 #include "outer.h"
@@ -12,6 +13,7 @@ namespace entrenar {
 
 const Kernels TABLE(LEVEL) = {
     kBFloat16Units, quantize, dequantize, to_units, product, product_scratch_bytes, dot, outer,
+    cross_entropy,
 };
 
 }  // namespace entrenar
