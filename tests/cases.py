@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from entrenar.autograd.ops._cross_entropy import cross_entropy_gradient_reference, cross_entropy_losses_reference
 from entrenar.autograd.ops.int4 import (
     int4_dequantize_reference,
     int4_quantize_reference,
@@ -105,7 +107,29 @@ def dequantize_arguments(sample: str, dtype: torch.dtype) -> tuple:
     return *int4_quantize_reference(weight, block, scale_dtype), weight.shape[1], block, dtype
 
 
+def losses_arguments(sample: str, dtype: torch.dtype) -> tuple:
+    shape, _, classes = SIZES.get(sample, ((6,), 20, 50))
+    logits = 3 * make_x(sample, (math.prod(shape),), classes).to(dtype)
+    target = torch.randint(0, classes, (len(logits),))
+    target[1::3] = -1
+    return logits, target, -1
+
+
+def loss_gradient_arguments(sample: str, dtype: torch.dtype) -> tuple:
+    logits, target, ignore_index = losses_arguments(sample, dtype)
+    return logits, target, torch.randn(len(logits)), ignore_index
+
+
 CASES = {
+    "cross_entropy_losses": Case(
+        ops.cross_entropy_losses.default, cross_entropy_losses_reference, losses_arguments, (*SIZES, *STRIDED)
+    ),
+    "cross_entropy_gradient": Case(
+        ops.cross_entropy_gradient.default,
+        cross_entropy_gradient_reference,
+        loss_gradient_arguments,
+        (*SIZES, *STRIDED),
+    ),
     "int4_quantize": Case(
         ops.int4_quantize.default, int4_quantize_reference, quantize_arguments, (*SIZES, *STRIDED), exact=True
     ),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
+from entrenar.autograd.ops.head_cross_entropy import head_cross_entropy
 from entrenar.training.batches import IGNORED
 
-# Rows of logits that are in float32 at one time: 256 rows of a vocabulary of 49,152 take 50 MB.
-CHUNK_ROWS = 256
+# Models that were found to do something to the logits behind their head (capping, scaling).
+_CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
 
 
 def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -19,8 +23,9 @@ def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = 
     `input_ids` and `labels` are int64 [B, T]; `labels[b, t]` is the token wanted at position t (as in transformers,
     the shift by one happens here), and without `labels` every token is. `model` is a transformers causal language
     model: its own forward runs, so whatever it does to its logits (capping, scaling) holds, but its head sees only
-    the positions that predict a label. Raises ValueError where no position does or shapes differ, TypeError for a
-    model without an output head.
+    the positions that predict a label, and only some of them at a time: the logits are never whole (see
+    `head_cross_entropy`), unless the model changes them behind its head. Raises ValueError where no position predicts
+    a label or shapes differ, TypeError for a model without an output head.
     """
     labels = input_ids if labels is None else labels
     if input_ids.dim() != 2 or labels.shape != input_ids.shape:
@@ -30,61 +35,73 @@ def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = 
     wanted = labels[:, 1:] != IGNORED
     if not wanted.any():
         raise ValueError("no position predicts a label: every label after the first token is -100")
-    logits = _logits_where(model, input_ids, wanted)
-    loss: Tensor = _ChunkedCrossEntropy.apply(logits, labels[:, 1:][wanted])
-    return loss
+    head, targets = _head_of(model), labels[:, 1:][wanted]
+    if model not in _CHANGES_LOGITS:
+        generators = torch.get_rng_state(), *get_device_states(input_ids)
+        hidden, classes = _hidden_states(model, head, input_ids)
+        if classes is not None:
+            return head_cross_entropy(head, hidden[:, :-1][wanted], targets, classes)
+        _CHANGES_LOGITS.add(model)
+        # The forward was for nothing, and the next one must drop what a single one would have dropped.
+        torch.set_rng_state(generators[0])
+        set_device_states(*generators[1:])
+    logits = _logits(model, head, input_ids, lambda hidden: hidden[:, :-1][wanted]).squeeze(0)
+    return head_cross_entropy(nn.Identity(), logits, targets, logits.shape[-1])
 
 
-def _logits_where(model: nn.Module, input_ids: Tensor, wanted: Tensor) -> Tensor:
-    """Run the model with its head on the `wanted` positions (bool [B, T-1]) alone; return logits [n, V]."""
+def _head_of(model: nn.Module) -> nn.Module:
     get_head = getattr(model, "get_output_embeddings", None)
     head = None if get_head is None else get_head()
     if not isinstance(head, nn.Module):
         raise TypeError(f"{type(model).__name__} has no output head (get_output_embeddings), so no language-model loss")
+    return head
+
+
+def _hidden_states(model: nn.Module, head: nn.Module, input_ids: Tensor) -> tuple[Tensor, int | None]:
+    """Run the model for its head's input [B, T, K]; and how many logits that gives, None if not the model's own.
+
+    The head runs on one row, and a probe takes the place of its result: logits over a range beyond those of any model.
+    If the model returns them as they are, it does nothing to logits behind its head.
+    """
+    seen: list[Tensor] = []
+
+    def keep_all_pass_one(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return hidden[0, :1]
+
+    def probe(logits: Tensor) -> Tensor:
+        seen.append(torch.linspace(-1000, 1000, logits.shape[-1], dtype=logits.dtype, device=logits.device))
+        return seen[-1].clone().view(1, 1, -1)
+
+    logits = _logits(model, head, input_ids, keep_all_pass_one, probe)
+    hidden, sent = seen
+    unchanged = torch.equal(logits, sent.view(1, 1, -1).to(logits.dtype))
+    return hidden, sent.numel() if unchanged else None
+
+
+def _logits(
+    model: nn.Module,
+    head: nn.Module,
+    input_ids: Tensor,
+    rows_of: Callable[[Tensor], Tensor],
+    replace: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The model's logits where its head sees rows_of(hidden states) [n, K] alone and its result is replaced."""
     calls = 0
 
-    def keep_wanted(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal calls
         calls += 1
-        hidden = args[0]
-        return (hidden[:, :-1][wanted].unsqueeze(0), *args[1:])
+        return (rows_of(args[0]).unsqueeze(0), *args[1:])
 
-    hook = head.register_forward_pre_hook(keep_wanted)
+    hooks = [head.register_forward_pre_hook(before, prepend=True)]
+    if replace is not None:
+        hooks.append(head.register_forward_hook(lambda module, args, logits: replace(logits)))
     try:
         logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     if calls != 1:
         raise TypeError(f"{type(model).__name__} called its output head {calls} times in one forward; once is expected")
-    return logits.squeeze(0)
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of logits [n, V] and targets int64 [n], in float32 on a few rows at a time.
-
-    The logits stay in their own dtype, and the backward recomputes their softmax, so no float32 copy of them is ever
-    whole. For a row, d loss / d logits = (softmax(logits) - onehot(target)) / n.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        normalizer = torch.cat([rows.to(wide).logsumexp(-1) for rows in logits.split(CHUNK_ROWS)])
-        ctx.save_for_backward(logits, targets, normalizer)
-        picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        return (normalizer - picked.to(wide)).mean()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
-        logits, targets, normalizer = ctx.saved_tensors
-        scale = grad_loss / len(targets)
-        grad = torch.empty_like(logits)
-        for rows, target, norm, out in zip(
-            *(x.split(CHUNK_ROWS) for x in (logits, targets, normalizer, grad)), strict=True
-        ):
-            probability = (rows.to(norm.dtype) - norm.unsqueeze(-1)).exp_().mul_(scale)
-            index = target.unsqueeze(-1)
-            probability.scatter_add_(-1, index, -scale.expand_as(index))
-            out.copy_(probability)
-        return grad, None
+    return logits

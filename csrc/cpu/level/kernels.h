@@ -29,6 +29,18 @@ struct Product {
   int64_t rows, columns;
 };
 
+// For each row of logits the loss and its gradient times a scale (1 without scales), each where it is wanted.
+struct CrossEntropy {
+  Dtype dtype;  // of logits and gradient
+  const void* logits;
+  int64_t rows, classes;
+  const int64_t* targets;
+  int64_t ignore_index;
+  const float* scales;
+  void* gradient;  // may be the logits
+  float* losses;
+};
+
 struct Kernels {
   bool bfloat16_units;  // whether bfloat16 is multiplied in pairs; otherwise as float32
 
@@ -68,6 +80,7 @@ struct Kernels {
   // A tile of dk or dv: the sum of `count` parts, times `scale`.
   void (*attention_sum)(const float* parts, int64_t count, int64_t part_stride, float scale, Dtype dtype, int64_t keys,
                         int64_t columns, Rows out);
+  void (*cross_entropy)(const CrossEntropy* p, int64_t row_begin, int64_t row_end);
 };
 
 constexpr int64_t kTileColumns = 64;

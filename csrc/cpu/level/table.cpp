@@ -1,6 +1,7 @@
 // The kernels of one level, compiled once for each instruction set.
 #include "attention.h"
 #include "codec.h"
+#include "cross_entropy.h"
 #include "dot.h"
 #include "kernels.h"
 #include "outer.h"
@@ -14,6 +15,7 @@ namespace entrenar {
 const Kernels TABLE(LEVEL) = {
     kBFloat16Units, quantize, dequantize, to_units, product, product_scratch_bytes, dot, pack_outer, outer,
     attention_tile_words, attention_pack, attention_scratch_bytes, attention_forward, attention_backward, attention_sum,
+    cross_entropy,
 };
 
 }  // namespace entrenar

@@ -5,10 +5,12 @@ from entrenar.autograd.ops.activation import gelu, log_softmax, relu, sigmoid, s
 from entrenar.autograd.ops.attention import attention, scaled_dot_product_attention
 from entrenar.autograd.ops.elementwise import add, div, exp, log, mul, neg, pow, sqrt, sub
 from entrenar.autograd.ops.embedding import dropout, embedding
+from entrenar.autograd.ops.head_cross_entropy import head_cross_entropy
 from entrenar.autograd.ops.int4 import int4_dequantize, int4_quantize
 from entrenar.autograd.ops.int4_linear import int4_linear
 from entrenar.autograd.ops.int4_lora_linear import int4_lora_linear
 from entrenar.autograd.ops.int4_lora_linears import int4_lora_linears
+from entrenar.autograd.ops.linear_cross_entropy import linear_cross_entropy
 from entrenar.autograd.ops.loss import cross_entropy, mse, mse_loss
 from entrenar.autograd.ops.matmul import linear, matmul
 from entrenar.autograd.ops.norm import layer_norm, rms_norm
@@ -31,6 +33,7 @@ __all__ = [
     "expand",
     "gelu",
     "getitem",
+    "head_cross_entropy",
     "int4_dequantize",
     "int4_linear",
     "int4_lora_linear",
@@ -38,6 +41,7 @@ __all__ = [
     "int4_quantize",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "log",
     "log_softmax",
     "matmul",

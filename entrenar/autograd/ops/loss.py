@@ -2,6 +2,9 @@
 
 Losses of 16-bit tensors and their gradients are computed in float32 and rounded once; under torch.autocast the losses
 stay float32. Complex tensors raise TypeError.
+
+The cross entropy of a row of logits, float32 or bfloat16 on the CPU, has kernels where the targets are classes and
+neither weighted nor smoothed. Its second derivative, like everything else, is computed by torch's functions.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entrenar.autograd.ops import _cross_entropy
 from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex, widen
 from entrenar.autograd.ops._override import overridable
@@ -92,6 +96,17 @@ def _class_dim(x: Tensor) -> int:
     return 1 if x.dim() > 1 else 0
 
 
+def _has_kernel(input: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float) -> bool:
+    return (
+        _cross_entropy.has_kernel(input)
+        and 1 <= input.dim() <= 2
+        and target.shape == input.shape[:-1]
+        and target.dtype == torch.int64
+        and weight is None
+        and label_smoothing == 0
+    )
+
+
 def _along_classes(weight: Tensor, x: Tensor) -> Tensor:
     """The classes' weights, [C], as they broadcast against x."""
     return weight.reshape(-1, *(1 for _ in x.shape[2:]))
@@ -114,6 +129,10 @@ class CrossEntropyFunction(Function):
         reduction: str,
         label_smoothing: float,
     ) -> Tensor:
+        if reduction in _cross_entropy.REDUCTIONS and _has_kernel(input, target, weight, label_smoothing):
+            rows = input.reshape(-1, input.shape[-1])
+            losses = _cross_entropy.losses_of(rows, target.reshape(-1), ignore_index).view(target.shape)
+            return _cross_entropy.reduce(losses, target, ignore_index, reduction).to(input.dtype)
         loss = torch.nn.functional.cross_entropy(
             widen(input),
             widen(target),
@@ -134,15 +153,23 @@ class CrossEntropyFunction(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight = ctx.saved_tensors
-        x, dim = widen(input), _class_dim(input)
         valid = target != ctx.ignore_index
         index = target.where(valid, 0)
         weight = None if weight is None else widen(weight)
-        at_target = valid.to(x.dtype) if weight is None else weight[index].where(valid, 0)
+        at_target = (
+            valid.to(torch.promote_types(input.dtype, torch.float32))
+            if weight is None
+            else weight[index].where(valid, 0)
+        )
         if ctx.reduction == "mean":
             dy = dy / at_target.sum()
         dy = widen(dy).where(valid, 0)
+        if not torch.is_grad_enabled() and _has_kernel(input, target, weight, ctx.label_smoothing):
+            rows = input.reshape(-1, input.shape[-1])
+            dx = torch.ops.entrenar.cross_entropy_gradient(rows, target.reshape(-1), dy.reshape(-1), ctx.ignore_index)
+            return dx.view(input.shape), None, None, None, None, None
 
+        x, dim = widen(input), _class_dim(input)
         smoothing, classes = ctx.label_smoothing, x.shape[dim]
         at_target = (1 - smoothing) * at_target
         total = at_target

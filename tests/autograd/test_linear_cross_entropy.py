@@ -1,0 +1,343 @@
+"""linear_cross_entropy and head_cross_entropy against whole logits in plain torch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import importlib
+import weakref
+
+import pytest
+import torch
+from float64 import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_db import DTYPES
+from torch import Tensor, nn
+
+from entrenar import Int4Linear, LoRALayer, QLoRALayer, Tape
+from entrenar.autograd.ops import head_cross_entropy, linear_cross_entropy
+from entrenar.autograd.ops.head_cross_entropy import head_cross_entropy_reference
+from entrenar.autograd.ops.linear_cross_entropy import linear_cross_entropy_reference
+
+MODULE = importlib.import_module("entrenar.autograd.ops.linear_cross_entropy")
+# The largest error of one rounding, relative.
+ROUNDING = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
+WIDTH, CLASSES = 20, 50
+
+
+@contextlib.contextmanager
+def chunks_of(size: int):
+    before, MODULE.CHUNK_BYTES = MODULE.CHUNK_BYTES, size
+    try:
+        yield
+    finally:
+        MODULE.CHUNK_BYTES = before
+
+
+@pytest.fixture(params=[MODULE.CHUNK_BYTES, 3000, 1], ids=["whole", "chunks", "single rows"])
+def chunk_bytes(request):
+    with chunks_of(request.param):
+        yield request.param
+
+
+def problem(rows: int, width: int, classes: int, dtype: torch.dtype, ignored: float = 0.2) -> tuple[Tensor, ...]:
+    """Input, weight and bias, whose logits are of size 1, and targets of which some are ignored."""
+    x, weight, bias = (torch.randn(size).to(dtype) for size in ((rows, width), (classes, width), (classes,)))
+    weight /= width**0.5
+    target = torch.randint(0, classes, (rows,)).masked_fill(torch.rand(rows) < ignored, -100)
+    return x, weight, bias, target
+
+
+def check(x, weight, bias, target, reduction="mean", wanted=(True, True, True)):
+    """Loss and gradients are those of the same values in float64.
+
+    A logit, which may be several times 1, rounds once, and its exponential is off by as much; then its gradient, the
+    products, their sum over the chunks, the factor and dy round. That is held against the largest element.
+    """
+    dtype = x.dtype
+    leaves = [y.detach().requires_grad_(w) for y, w in zip((x, weight, bias), wanted, strict=True) if y is not None]
+    wide = [y.detach().double().requires_grad_(y.requires_grad) for y in leaves]
+    y = linear_cross_entropy(
+        *leaves[:2], target, linear_bias=leaves[2] if bias is not None else None, reduction=reduction
+    )
+    expected = linear_cross_entropy_reference(*wide[:2], target, wide[2] if bias is not None else None, reduction)
+    largest = torch.nn.functional.linear(*(v.detach() for v in wide)).abs().max().item() if x.numel() else 0.0
+    tolerance = (8 + 2 * largest) * ROUNDING[dtype]
+    assert y.dtype == torch.promote_types(dtype, torch.float32)
+    assert y.requires_grad == any(leaf.requires_grad for leaf in leaves)
+    assert_close(y, expected, tolerance)
+    inputs = [leaf for leaf in leaves if leaf.requires_grad]
+    if not inputs:
+        return
+    gradients = torch.autograd.grad(3 * y, inputs)
+    wide_gradients = torch.autograd.grad(3 * expected, [leaf for leaf in wide if leaf.requires_grad])
+    for gradient, exact in zip(gradients, wide_gradients, strict=True):
+        assert gradient.dtype == dtype
+        assert_close(gradient, exact, tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_and_gradients_are_those_of_float64(dtype, reduction, chunk_bytes, cpu_level):
+    x, weight, bias, target = problem(37, WIDTH, CLASSES, dtype)
+    check(x, weight, bias, target, reduction)
+    check(x, weight, None, target, reduction, wanted=(True, True, False))
+
+
+@given(
+    st.tuples(st.integers(0, 30), st.integers(1, 40), st.integers(1, 60)),
+    st.sampled_from(DTYPES),
+    st.sampled_from(["mean", "sum"]),
+    st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from([1, 500, 2**20]),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_shape(sizes, dtype, reduction, wanted, ignored, size, transposed, seed):
+    torch.manual_seed(seed)
+    x, weight, bias, target = problem(*sizes, dtype, ignored)
+    if transposed:
+        x, weight = x.T.contiguous().T, weight.T.contiguous().T
+    with chunks_of(size):
+        check(x, weight, bias, target, reduction, wanted)
+
+
+def test_derivatives_are_those_of_finite_differences(chunk_bytes):
+    x, weight, bias, target = problem(7, 5, 6, torch.float64)
+    leaves = [y.requires_grad_() for y in (x, weight, bias)]
+    assert torch.autograd.gradcheck(lambda x, w, b: linear_cross_entropy(x, w, target, linear_bias=b), leaves)
+
+
+def test_ignored_targets_alone_have_no_mean_and_no_gradient():
+    x, weight, _, target = problem(5, WIDTH, CLASSES, torch.float32, ignored=1.0)
+    y = linear_cross_entropy(x.requires_grad_(), weight, target)
+    assert y.isnan()
+    assert not torch.autograd.grad(y, x)[0].any()
+
+
+def test_without_gradients_the_loss_is_the_same(chunk_bytes):
+    x, weight, _, target = problem(37, WIDTH, CLASSES, torch.bfloat16)
+    with torch.no_grad():
+        y = linear_cross_entropy(x.requires_grad_(), weight, target)
+    assert not y.requires_grad
+    assert torch.equal(y, linear_cross_entropy(x, weight, target))
+
+
+def test_nothing_of_the_size_of_the_logits_is_kept():
+    x, weight, _, target = problem(37, WIDTH, CLASSES, torch.float32)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear_cross_entropy(x.requires_grad_(), weight, target)
+    assert sorted(t.numel() for t in kept) == [0, 0, x.numel()]
+
+
+def test_chunks_stay_within_their_bytes_and_cover_all_rows():
+    for rows in (0, 1, 7, 1000):
+        for row_bytes in (0, 1, 100, 999, 1000, 10**9):
+            with chunks_of(1000):
+                parts = [range(rows)[part] for part in MODULE.chunks(rows, row_bytes)]
+            assert [row for part in parts for row in part] == [*range(rows)]
+            assert all(len(part) * row_bytes <= 1000 or len(part) == 1 for part in parts)
+
+
+def test_a_second_derivative_is_refused():
+    x, weight, _, target = problem(5, WIDTH, CLASSES, torch.float32)
+    y = linear_cross_entropy(x.requires_grad_(), weight, target)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy has no second derivative"):
+        torch.autograd.grad(y, x, create_graph=True)
+    y = head_cross_entropy(nn.Tanh(), x, target % WIDTH, WIDTH)
+    with pytest.raises(RuntimeError, match="head_cross_entropy has no second derivative"):
+        torch.autograd.grad(y, x, create_graph=True)
+
+
+def test_autocast_computes_in_its_dtype():
+    x, weight, bias, target = problem(37, WIDTH, CLASSES, torch.float32)
+    leaves = [y.requires_grad_() for y in (x, weight, bias)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear_cross_entropy(x, weight, target, linear_bias=bias)
+    assert torch.equal(y, linear_cross_entropy(x.bfloat16(), weight.bfloat16(), target, linear_bias=bias.bfloat16()))
+    assert all(gradient.dtype == torch.float32 for gradient in torch.autograd.grad(y, leaves))
+
+
+def test_compiles_without_graph_breaks():
+    x, weight, bias, target = problem(37, WIDTH, CLASSES, torch.float32)
+    leaves = [y.requires_grad_() for y in (x, weight, bias)]
+
+    def step(x, weight, bias):
+        return 2 * linear_cross_entropy(x.sin(), weight, target, linear_bias=bias)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected, actual = (torch.autograd.grad(f(*leaves), leaves) for f in (step, compiled))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, False, False)])
+def test_opcheck(wanted):
+    x, weight, bias, target = problem(7, WIDTH, CLASSES, torch.float32)
+    leaves = [y.requires_grad_(w) for y, w in zip((x, weight, bias), wanted, strict=True)]
+    arguments = (*leaves[:2], target, leaves[2], "mean", -100, *wanted)
+    results = torch.library.opcheck(torch.ops.entrenar.linear_cross_entropy.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_a_tape_records_it():
+    x, weight, _, target = problem(7, WIDTH, CLASSES, torch.float32)
+    weight.requires_grad_()
+    with Tape() as tape:
+        y = linear_cross_entropy(x, weight, target)
+    assert [entry.op for entry in tape.entries] == ["linear_cross_entropy"]
+    tape.backward(y)
+    assert torch.equal(weight.grad, torch.autograd.grad(linear_cross_entropy(x, weight, target), weight)[0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"x": torch.randn(2, 37, WIDTH)}, ValueError, r"input must be floating point \[N, K\]"),
+        ({"x": torch.ones(37, WIDTH, dtype=torch.int64)}, ValueError, "input must be floating point"),
+        ({"target": torch.zeros(36, dtype=torch.int64)}, ValueError, r"target must be int64 \[37\], not .* \[36\]"),
+        ({"target": torch.zeros(37, dtype=torch.int32)}, ValueError, "target must be int64"),
+        ({"weight": torch.randn(CLASSES, 3)}, ValueError, r"linear_weight must be torch.float32 \[C, 20\]"),
+        ({"weight": torch.randn(CLASSES, WIDTH).double()}, ValueError, "linear_weight must be torch.float32"),
+        ({"bias": torch.randn(3)}, ValueError, r"linear_bias must be torch.float32 \[50\]"),
+        ({"bias": torch.randn(CLASSES).double()}, ValueError, "linear_bias must be torch.float32"),
+        ({"reduction": "none"}, ValueError, 'reduction must be "mean" or "sum", not \'none\''),
+        ({"target": torch.arange(37) + 20}, IndexError, "Target 50 is out of bounds: row 30 has 50 classes"),
+    ],
+)
+def test_bad_input_is_refused(changed, error, message):
+    x, weight, bias, target = problem(37, WIDTH, CLASSES, torch.float32)
+    given = {"x": x, "weight": weight, "bias": bias, "target": target, "reduction": "mean", **changed}
+    with pytest.raises(error, match=message), chunks_of(1000):
+        linear_cross_entropy(
+            given["x"], given["weight"], given["target"], linear_bias=given["bias"], reduction=given["reduction"]
+        )
+
+
+class Table(nn.Module):
+    """A head whose logits are a slice of something larger, and not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, 2 * CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)[..., ::2]
+
+
+def lora(layer: nn.Module) -> nn.Module:
+    nn.init.normal_(layer.lora_B, std=0.1)
+    return layer
+
+
+HEADS = {
+    "linear": lambda: nn.Linear(WIDTH, CLASSES),
+    "frozen linear": lambda: nn.Linear(WIDTH, CLASSES, bias=False).requires_grad_(False),
+    "int4": lambda: Int4Linear.from_weight(torch.randn(CLASSES, WIDTH)),
+    "lora": lambda: lora(LoRALayer(nn.Linear(WIDTH, CLASSES), rank=3, alpha=6)),
+    "int4 and lora": lambda: lora(QLoRALayer(torch.randn(CLASSES, WIDTH), rank=3, alpha=6)),
+    # Their own backward looks at the logits, which the gradient must not overwrite.
+    "tanh": lambda: nn.Sequential(nn.Linear(WIDTH, CLASSES), nn.Tanh()),
+    "softmax": lambda: nn.Sequential(nn.Linear(WIDTH, CLASSES), nn.Softmax(-1)),
+    "in place": lambda: nn.Sequential(nn.Linear(WIDTH, CLASSES), nn.ReLU(inplace=True)),
+    "strided": Table,
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_any_head_gives_the_loss_and_gradients_of_its_whole_logits(head, chunk_bytes):
+    head = head()
+    x, _, _, target = problem(37, WIDTH, CLASSES, torch.float32)
+    leaves = [x.requires_grad_(), *(p for p in head.parameters() if p.requires_grad)]
+    y = head_cross_entropy(head, x, target, CLASSES)
+    expected = head_cross_entropy_reference(head, x, target)
+    # Both are float32, and sum up to 50 products in other orders.
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=0)
+    for actual, wanted in zip(
+        torch.autograd.grad(3 * y, leaves), torch.autograd.grad(3 * expected, leaves), strict=True
+    ):
+        assert_close(actual, wanted, 32 * ROUNDING[torch.float32])
+    with torch.no_grad():
+        assert torch.equal(head_cross_entropy(head, x, target, CLASSES), y)
+
+
+def test_logits_themselves_are_left_as_they_were(chunk_bytes):
+    logits, target = torch.randn(37, CLASSES, requires_grad=True), torch.randint(0, CLASSES, (37,))
+    before = logits.detach().clone()
+    y = head_cross_entropy(nn.Identity(), logits, target, CLASSES)
+    expected = nn.functional.cross_entropy(logits, target)
+    torch.testing.assert_close(torch.autograd.grad(y, logits), torch.autograd.grad(expected, logits))
+    assert torch.equal(logits, before)
+
+
+def test_gradients_of_a_bfloat16_head_are_summed_in_float32(chunk_bytes):
+    head = nn.Sequential(nn.Linear(WIDTH, CLASSES)).bfloat16()
+    x, _, _, target = problem(37, WIDTH, CLASSES, torch.bfloat16)
+    wide = copy.deepcopy(head).double()
+    y, expected = (
+        f(h, v, target, *c)
+        for f, h, v, c in (
+            (head_cross_entropy, head, x, (CLASSES,)),
+            (head_cross_entropy_reference, wide, x.double(), ()),
+        )
+    )
+    gradients = zip(
+        torch.autograd.grad(y, [*head.parameters()]), torch.autograd.grad(expected, [*wide.parameters()]), strict=True
+    )
+    for actual, wanted in gradients:
+        assert actual.dtype == torch.bfloat16
+        # The logits, at most about 3, round; their gradient, its product, and the result.
+        assert_close(actual, wanted, 12 * ROUNDING[torch.bfloat16])
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_dropout_in_a_head_is_drawn_once(enabled):
+    head = nn.Sequential(nn.Dropout(0.5), nn.Linear(WIDTH, CLASSES)).train(enabled)
+    x, _, _, target = problem(37, WIDTH, CLASSES, torch.float32)
+    results = []
+    for f, extra in ((head_cross_entropy, (CLASSES,)), (head_cross_entropy_reference, ())):
+        torch.manual_seed(1)
+        results.append(torch.autograd.grad(f(head, x.requires_grad_(), target, *extra), x))
+    torch.testing.assert_close(*results)
+
+
+def test_hooks_of_a_linear_head_run():
+    head, seen = nn.Linear(WIDTH, CLASSES), []
+    head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    x, _, _, target = problem(37, WIDTH, CLASSES, torch.float32)
+    head_cross_entropy(head, x, target, CLASSES)
+    assert seen == [(1, 37, CLASSES)]
+
+
+def test_rows_that_are_none_and_frozen_heads_are_no_exception():
+    head = nn.Sequential(nn.Linear(WIDTH, CLASSES)).requires_grad_(False)
+    x, _, _, target = problem(0, WIDTH, CLASSES, torch.float32)
+    y = head_cross_entropy(head, x.requires_grad_(), target, CLASSES, reduction="sum")
+    assert y == 0
+    assert torch.autograd.grad(y, x)[0].shape == x.shape
+    x, _, _, target = problem(3, WIDTH, CLASSES, torch.float32)
+    assert not head_cross_entropy(head, x, target, CLASSES).requires_grad
+
+
+def test_a_head_with_another_number_of_logits_is_refused():
+    x, _, _, target = problem(3, WIDTH, CLASSES, torch.float32, ignored=0.0)
+    for requires_grad in (False, True):
+        with pytest.raises(ValueError, match=r"the head gives logits \[1, 3, 20\], not \[1, 3, 50\]"):
+            head_cross_entropy(nn.Identity(), x.requires_grad_(requires_grad), target, CLASSES)
+    with pytest.raises(IndexError, match="Target 50 is out of bounds: row 0 has 50 classes"):
+        head_cross_entropy(nn.Sequential(nn.Linear(WIDTH, CLASSES)), x, target.fill_(50), CLASSES)
+
+
+def test_logits_are_freed_at_once_without_the_garbage_collector():
+    x, _, _, target = problem(37, WIDTH, CLASSES, torch.float32)
+    for head in (HEADS["tanh"](), HEADS["lora"]()):
+        logits = []
+        head.register_forward_hook(lambda module, args, output, logits=logits: logits.append(weakref.ref(output)))
+        gc.disable()
+        head_cross_entropy(head, x.requires_grad_(), target, CLASSES)
+        gc.enable()
+        assert [ref() for ref in logits] == [None]
