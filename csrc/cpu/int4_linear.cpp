@@ -11,12 +11,12 @@ namespace entrenar {
 namespace {
 
 Tensor int4_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, std::optional<Tensor> bias,
-                   int64_t block) {
+                   int64_t block, bool int8) {
   STD_TORCH_CHECK(x.dim() > 0, "x must have at least one dimension");
   const Tensor input = torch::stable::contiguous(x);
   const Term term = {input, int4_weight(codes, scales, x.size(-1), block)};
   Tensor y = empty_with_last(input, term.w.rows);
-  multiply(&term, 1, true, 1.0f, bias, y);
+  multiply(&term, 1, true, 1.0f, bias, y, int8);
   return y;
 }
 

@@ -82,7 +82,7 @@ Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double s
 }
 
 std::tuple<Tensors, Tensors> forward(const Tensor& x, const Tensor& lora_x, const std::vector<Layer>& layers,
-                                     std::optional<Tensor> bias, double scaling) {
+                                     std::optional<Tensor> bias, double scaling, bool int8) {
   const Tensor input = torch::stable::contiguous(x);
   Tensors us = project_down(torch::stable::contiguous(lora_x), layers, scaling), ys;
   int64_t begin = 0;
@@ -92,7 +92,7 @@ std::tuple<Tensors, Tensors> forward(const Tensor& x, const Tensor& lora_x, cons
     if (bias) own = layers.size() == 1 ? *bias : torch::stable::narrow(*bias, 0, begin, columns);
     Tensor y = empty_with_last(input, columns);
     const Term terms[] = {{input, layers[i].w}, {us[i], B_of(layers[i])}};
-    multiply(terms, 2, true, 1.0f, own, y);
+    multiply(terms, 2, true, 1.0f, own, y, int8);
     ys.push_back(y);
     begin += columns;
   }
@@ -167,10 +167,11 @@ Gradients backward(const Tensors& dys, const Tensor& x, const std::vector<Layer>
 
 std::tuple<Tensor, Tensor> int4_lora_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
                                             std::optional<Tensor> bias, const Tensor& lora_A, const Tensor& lora_B,
-                                            double scaling, int64_t block, std::optional<Tensor> lora_x) {
+                                            double scaling, int64_t block, std::optional<Tensor> lora_x, bool int8) {
   STD_TORCH_CHECK(!lora_x || (dtype_of(*lora_x, "lora_x") == dtype_of(x, "x") && lora_x->numel() == x.numel()),
                   "lora_x must have x's shape and dtype");
-  const auto [ys, us] = forward(x, lora_x ? *lora_x : x, {layer_of(x, codes, scales, lora_A, lora_B, block)}, bias, scaling);
+  const auto [ys, us] =
+      forward(x, lora_x ? *lora_x : x, {layer_of(x, codes, scales, lora_A, lora_B, block)}, bias, scaling, int8);
   return {ys[0], us[0]};
 }
 
@@ -184,13 +185,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> int4_lora_linear_backward(
 
 std::tuple<Tensors, Tensors> int4_lora_linears(const Tensor& x, Tensors codes, Tensors scales,
                                                std::optional<Tensor> bias, Tensors lora_A, Tensors lora_B,
-                                               double scaling, int64_t block) {
+                                               double scaling, int64_t block, bool int8) {
   const std::vector<Layer> layers = layers_of(x, codes, scales, lora_A, lora_B, block);
   int64_t columns = 0;
   for (const Layer& layer : layers) columns += layer.w.rows;
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == columns), "bias must be all biases, one after another: ",
                   columns, " elements");
-  return forward(x, x, layers, bias, scaling);
+  return forward(x, x, layers, bias, scaling, int8);
 }
 
 std::tuple<Tensor, Tensors, Tensors> int4_lora_linears_backward(Tensors dy, const Tensor& x, Tensors codes,

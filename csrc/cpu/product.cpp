@@ -45,6 +45,24 @@ Units units_of(const Tensor& x, int64_t rows, int64_t columns, bool pairs, int64
   return {units, stride};
 }
 
+// x rounded to int8, in the workspace.
+Int8Rows int8_of(const Tensor& x, int64_t rows, const Weight& w, Workspace& workspace) {
+  const int64_t stride = int4::groups(w.columns) * int4::kGroup, blocks = int4::blocks(w.columns, w.block);
+  Int8Rows out = {nullptr, nullptr, nullptr, stride, blocks};
+  out.scales = static_cast<float*>(workspace.reserve(rows * (stride + 8 * blocks)));
+  out.corrections = reinterpret_cast<int32_t*>(out.scales + rows * blocks);
+  out.codes = reinterpret_cast<int8_t*>(out.corrections + rows * blocks);
+  const Dtype dtype = dtype_of(x, "x");
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  const int64_t row_bytes = w.columns * (dtype == kFloat32 ? 4 : 2);
+  parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, stride)), [&](int64_t begin, int64_t end) {
+    const Int8Rows part = {out.codes + begin * stride, out.scales + begin * blocks, out.corrections + begin * blocks,
+                           stride, blocks};
+    kernels().to_int8(from + begin * row_bytes, dtype, end - begin, w.columns, w.block, &part);
+  });
+  return out;
+}
+
 // Rows are split first, for then each thread reads its own part of x; a weight is decoded anew for each part of the
 // rows, which is negligible from this many on.
 constexpr int64_t kRowsToSplit = 192;
@@ -76,7 +94,8 @@ void multiply_in_tiles(const Product& p) {
 
 }  // namespace
 
-void multiply(const Term* terms, int count, bool transposed, float scale, const std::optional<Tensor>& bias, Tensor& y) {
+void multiply(const Term* terms, int count, bool transposed, float scale, const std::optional<Tensor>& bias, Tensor& y,
+              bool int8) {
   static thread_local Workspace units[kMaxTerms];
   Product p = {};
   p.dtype = dtype_of(terms[0].x, "x");
@@ -102,6 +121,10 @@ void multiply(const Term* terms, int count, bool transposed, float scale, const 
     STD_TORCH_CHECK(dtype_of(terms[t].x, "x") == p.dtype, "all x must have the same dtype");
     STD_TORCH_CHECK(terms[t].x.is_contiguous() && terms[t].x.numel() == p.rows * contraction, "x must be ", p.rows, " x ",
                     contraction, " and contiguous");
+    if (t == 0 && int8 && !few) {
+      p.int8 = int8_of(terms[t].x, p.rows, p.w[t], units[t]);
+      continue;
+    }
     p.x[t] = units_of(terms[t].x, p.rows, contraction, pairs, few ? int4::kGroup : 1, units[t]);
   }
   if (few) {

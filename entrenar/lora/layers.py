@@ -28,7 +28,12 @@ class Int4Linear(nn.Module):
         bias: [out_features] or None.
         in_features: columns of the weight.
         block: elements that share a scale, 64 or 32.
+
+    Attributes:
+        int8: round the layer's input to int8 in the forward, as `int4_linear` does; off unless it is set.
     """
+
+    int8 = False
 
     def __init__(
         self, codes: Tensor, scales: Tensor, bias: Tensor | None = None, *, in_features: int, block: int = 64
@@ -59,7 +64,7 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in_features], float32 or bfloat16, to [..., out_features] of the same dtype."""
         _check_features(x, self.in_features)
-        return int4_linear(x, self.codes, self.scales, self.bias, block=self.block)
+        return int4_linear(x, self.codes, self.scales, self.bias, block=self.block, int8=self.int8)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out_features, in_features] that the codes stand for."""
@@ -70,7 +75,7 @@ class Int4Linear(nn.Module):
         bits = 8 * (self.codes.numel() + self.scales.numel()) / (self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"block={self.block}, bits_per_weight={bits:.3g}"
+            f"block={self.block}, bits_per_weight={bits:.3g}{', int8 input' if self.int8 else ''}"
         )
 
 
@@ -137,6 +142,7 @@ class LoRALayer(nn.Module):
                 self.scaling,
                 block=base.block,
                 lora_x=self.dropout(x) if self.drops() else None,
+                int8=base.int8,
             )
         y = base(x)
         x = self.dropout(autocast(x))
@@ -190,9 +196,10 @@ def apply_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     ]
     bases = [adapter.base for adapter in adapters if isinstance(adapter.base, Int4Linear)]
     scaling = {adapter.scaling for adapter in adapters}
-    block = {base.block for base in bases}
-    if len(bases) < len(layers) or len(scaling) > 1 or len(block) > 1:
+    forms = {(base.block, base.int8) for base in bases}
+    if len(bases) < len(layers) or len(scaling) > 1 or len(forms) > 1:
         return [layer(x) for layer in layers]
+    ((block, int8),) = forms
     for base in bases:
         _check_features(x, base.in_features)
     return int4_lora_linears(
@@ -203,7 +210,8 @@ def apply_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
         [adapter.lora_A for adapter in adapters],
         [adapter.lora_B for adapter in adapters],
         scaling.pop(),
-        block=block.pop(),
+        block=block,
+        int8=int8,
     )
 
 

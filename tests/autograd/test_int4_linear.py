@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from entrenar.autograd.ops import int4_dequantize, int4_linear, int4_lora_linear, int4_quantize
+from entrenar.autograd.ops.int4_linear import int4_linear_reference, int8_rows_reference
 
 
 @pytest.fixture
@@ -90,3 +93,65 @@ def test_bad_bias_and_adapter_are_refused(packed):
         int4_linear(x, *packed, torch.randn(23))
     with pytest.raises(ValueError, match="are not"):
         int4_lora_linear(x, *packed, None, torch.randn(4, 80), torch.randn(24, 5), 1.0)
+
+
+@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize("sizes", [(20, 70, 100), (33, 5, 1100), (301, 130, 576), (17, 1, 1), (40, 16, 2000)], ids=str)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)], ids=str)
+def test_int8_product_equals_that_of_the_rounded_rows(dtype, limit, sizes, block, cpu_level):
+    rows, outputs, columns = sizes
+    codes, scales = int4_quantize(torch.randn(outputs, columns), block=block)
+    x = torch.randn(rows, 2 * columns)[:, ::2].to(dtype)
+    x[1] = 0
+    bias = torch.randn(outputs)
+    y = int4_linear(x, codes, scales, bias, block=block, int8=True)
+    expected = int4_linear_reference(int8_rows_reference(x, block).double(), codes, scales, bias, block)
+    assert y.dtype == dtype
+    assert (y.double() - expected).abs().max() <= limit * expected.abs().max()
+
+
+def test_int8_rounds_half_to_even_and_keeps_what_is_not_finite(cpu_level):
+    x = torch.zeros(20, 64)
+    x[:, 0] = 127
+    x[:, 1:5] = torch.tensor([0.5, 1.5, -2.5, 3.4])
+    x[1, 7], x[2, 7] = torch.inf, torch.nan
+    x[3] = 1e-40
+    codes, scales = int4_quantize(torch.eye(64))
+    y = int4_linear(x, codes, scales, int8=True)
+    weight = int4_dequantize(codes, scales, 64).diagonal()
+    torch.testing.assert_close(y[0, :5] / weight[:5], torch.tensor([127.0, 0, 2, -2, 3]))
+    assert not y[1].isfinite().any()
+    assert y[2].isnan().all()
+    assert not y[3].any()
+
+
+def test_int8_leaves_gradients_and_few_rows_exact(packed):
+    A, B = lora()
+    for rows in (2, 40):
+        x = torch.randn(rows, 80, requires_grad=True)
+        plain, rounded = (int4_lora_linear(x, *packed, None, A, B, 0.5, int8=int8) for int8 in (False, True))
+        assert torch.equal(plain, rounded) == (rows == 2)
+        dy = torch.randn_like(plain)
+        for a, b in zip(*(torch.autograd.grad(y, [x, A, B], dy) for y in (plain, rounded)), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_int8_does_not_touch_the_adapters_part(packed):
+    A, B = lora()
+    x = torch.randn(40, 80)
+    adapter = [int4_lora_linear(x, *packed, None, A, B, s, int8=True) for s in (0.0, 0.5)]
+    torch.testing.assert_close(adapter[1] - adapter[0], 0.5 * x @ A.T @ B.T, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(rows=st.integers(5, 200), outputs=st.integers(1, 80), columns=st.integers(1, 300))
+def test_int8_error_stays_within_half_a_step_of_every_element(rows, outputs, columns):
+    torch.manual_seed(0)
+    x = torch.randn(rows, columns)
+    codes, scales = int4_quantize(torch.randn(outputs, columns))
+    exact = int4_linear_reference(x.double(), codes, scales, None, 64)
+    weight = int4_dequantize(codes, scales, columns).double().abs()
+    steps = torch.nn.functional.pad(x.abs(), (0, -columns % 64)).unflatten(-1, (-1, 64)).amax(-1) / 127
+    per_element = steps.repeat_interleave(64, -1)[:, :columns].double() / 2
+    error = (int4_linear(x, codes, scales, int8=True) - exact).abs()
+    assert (error <= per_element @ weight.T + 1e-5 * exact.abs().max()).all()

@@ -72,7 +72,7 @@ def test_result_without_gradient_counts_as_zero():
 def test_opcheck():
     codes, scales, bias, lora_A, lora_B = make(80, (24, 8), (4, 1), (True, True))
     x = torch.randn(5, 80, requires_grad=True)
-    arguments = (x, codes, scales, torch.cat(bias), lora_A, lora_B, 0.5, 64)
+    arguments = (x, codes, scales, torch.cat(bias), lora_A, lora_B, 0.5, 64, False)
     results = torch.library.opcheck(torch.ops.entrenar.int4_lora_linears.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -119,9 +119,9 @@ def test_operator_checks_its_lists():
     codes, scales, _, lora_A, lora_B = make(*QKV)
     x, ops = torch.randn(5, 80), torch.ops.entrenar
     with pytest.raises(RuntimeError, match="lists of one length"):
-        ops.int4_lora_linears(x, codes, scales[:2], None, lora_A, lora_B, 0.5, 64)
+        ops.int4_lora_linears(x, codes, scales[:2], None, lora_A, lora_B, 0.5, 64, False)
     with pytest.raises(RuntimeError, match="one after another: 72 elements"):
-        ops.int4_lora_linears(x, codes, scales, torch.zeros(71), lora_A, lora_B, 0.5, 64)
-    ys, us = ops.int4_lora_linears(x, codes, scales, None, lora_A, lora_B, 0.5, 64)
+        ops.int4_lora_linears(x, codes, scales, torch.zeros(71), lora_A, lora_B, 0.5, 64, False)
+    ys, us = ops.int4_lora_linears(x, codes, scales, None, lora_A, lora_B, 0.5, 64, False)
     with pytest.raises(RuntimeError, match="dy and u must be lists of the layers' length"):
         ops.int4_lora_linears_backward(ys, x, codes, scales, lora_A, lora_B, us[:2], 0.5, 64, True)

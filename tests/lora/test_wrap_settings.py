@@ -45,3 +45,18 @@ def test_all_linear_by_name():
 def test_nothing_to_wrap(model, targets, message):
     with pytest.raises(ValueError, match=message):
         wrap(model, targets=targets)
+
+
+def test_int8_activations_are_set_on_every_int4_layer_and_shown():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    wrap(model, rank=2, targets=["0"], activations="int8")
+    assert model[0].base.int8
+    assert "int8 input" in repr(model)
+    x = torch.randn(40, 64)
+    exact = model[0].base.dequantize()
+    assert 0 < (model[0](x) - x @ exact.T - model[0].base.bias).norm() / (x @ exact.T).norm() < 0.01
+
+
+def test_unknown_activations_are_refused():
+    with pytest.raises(ValueError, match="activations must be 'int8' or None, not 'fp8'"):
+        wrap(nn.Sequential(nn.Linear(64, 64)), activations="fp8")

@@ -15,6 +15,14 @@ struct Units {
   int64_t stride;
 };
 
+// A matrix rounded to int8 by blocks of its rows, with a float32 scale and a correction for each.
+struct Int8Rows {
+  int8_t* codes;  // rows of `stride` bytes, zeros past their end
+  float* scales;
+  int32_t* corrections;
+  int64_t stride, blocks;
+};
+
 // y = scale * sum over terms of x_t op(w_t) + bias, where op transposes (y = x wᵀ) or not (y = x w).
 constexpr int kMaxTerms = 16;  // eight layers with an adapter each
 struct Product {
@@ -23,6 +31,7 @@ struct Product {
   int terms;
   Units x[kMaxTerms];
   Weight w[kMaxTerms];
+  Int8Rows int8;  // stands for x[0] where it has codes, in a transposed product with an int4 w[0]
   float scale;
   const float* bias;
   void* y;
@@ -52,6 +61,8 @@ struct Kernels {
   // Rows of x as units, the last unit of a row padded with zero.
   void (*to_units)(const void* x, Dtype dtype, int64_t rows, int64_t columns, bool bfloat16_units, uint32_t* out,
                    int64_t stride);
+
+  void (*to_int8)(const void* x, Dtype dtype, int64_t rows, int64_t columns, int block, const Int8Rows* out);
 
   // The part of y in rows [row_begin, row_end) and columns [column_begin, column_end), column_begin a multiple of 64.
   void (*product)(const Product* p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
@@ -84,6 +95,7 @@ struct Kernels {
 };
 
 constexpr int64_t kTileColumns = 64;
+constexpr int64_t kTileUnits = 192;  // at most
 constexpr int64_t kMaxDotRows = 4;
 
 extern const Kernels kernels_base;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "codec.h"
+#include "int8.h"
 #include "transpose.h"
 
 namespace {
@@ -15,7 +16,6 @@ constexpr bool kBFloat16Units = true;
 constexpr bool kBFloat16Units = false;
 #endif
 
-constexpr int64_t kTileUnits = 192;
 constexpr int kTileVectors = kTileColumns / kLanes;
 
 // Registers of the microkernel: rows x vectors sums, and a few for its operands.
@@ -25,6 +25,7 @@ constexpr int micro_rows(int vectors) { return kLanes == 16 ? (vectors <= 2 ? 12
 struct Scratch {
   uint32_t panel[kTileUnits * kTileColumns];   // [unit][column], what the microkernel reads
   uint32_t decoded[kTileColumns * kTileUnits]; // [column][unit], before it is transposed into the panel
+  float scales[kTileUnits * kInt8Unit / int4::kGroup * kTileColumns];  // [block][column], of codes in int8
   float sums[];                                // [row][column of the tile]
 };
 
@@ -223,11 +224,12 @@ inline void store_columns(const Product& p, int64_t row, int64_t column, int64_t
   }
 }
 
-// The depth of equal tiles of at most `most`, a whole number of groups: a last thin one would cost as much as a whole.
+// The depth of equal tiles of at most `most`, a whole number of blocks: a last thin one would cost as much as a whole.
 inline int64_t tile_depth(int64_t contraction, int64_t most) {
+  constexpr int64_t kBlock = 2 * int4::kGroup;
   const int64_t tiles = (contraction + most - 1) / most;
   const int64_t depth = (contraction + tiles - 1) / tiles;
-  return (depth + int4::kGroup - 1) / int4::kGroup * int4::kGroup;
+  return (depth + kBlock - 1) / kBlock * kBlock;
 }
 
 template <bool kPairs>
@@ -242,6 +244,15 @@ void product_of(const Product& p, int64_t row_begin, int64_t row_end, int64_t co
     for (int t = 0; t < p.terms; t++) {
       const Weight& w = p.w[t];
       const int64_t contraction = p.transposed ? w.columns : w.rows;
+      if (t == 0 && p.int8.codes) {
+        const int64_t step = tile_depth(contraction, kTileUnits * kInt8Unit);
+        for (int64_t q = 0; q < contraction; q += step, first = false) {
+          const int64_t depth = contraction - q < step ? contraction - q : step;
+          multiply_int8(w, p.int8, row_begin, rows, q, depth, column, columns, scratch->decoded, scratch->panel,
+                        scratch->scales, scratch->sums, first);
+        }
+        continue;
+      }
       const int64_t step = tile_depth(contraction, kDepth);
       for (int64_t q = 0; q < contraction; q += step, first = false) {
         const int64_t depth = contraction - q < step ? contraction - q : step;

@@ -15,7 +15,15 @@ from entrenar.autograd.ops.int4 import check_packed, int4_dequantize_reference
 
 
 @overridable
-def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, *, block: int = 64) -> Tensor:
+def int4_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    block: int = 64,
+    int8: bool = False,
+) -> Tensor:
     """Apply y = x Wᵀ + b, with W in int4 (`int4_quantize`).
 
     Args:
@@ -23,6 +31,9 @@ def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = 
         codes, scales: the packed W [N, K]; frozen, they get no gradient.
         bias: [N] or None; frozen.
         block: elements that share a scale, 64 or 32.
+        int8: round x to int8, in blocks of its rows with a scale each (`int8_rows_reference`), and multiply in whole
+            numbers: faster, and off by about 0.6 % on Gaussian x. The gradient stays that of the exact product. A few
+            rows, which are bound by memory, are multiplied exactly all the same.
 
     Returns:
         [..., N] of x's dtype. Products are accumulated in float32; for bfloat16 each decoded weight may first be
@@ -32,7 +43,7 @@ def int4_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = 
     """
     x = autocast(x)
     check_linear(x, codes, scales, bias, block)
-    return torch.ops.entrenar.int4_linear(x, codes, scales, wide_bias(bias), block)
+    return torch.ops.entrenar.int4_linear(x, codes, scales, wide_bias(bias), block, int8)
 
 
 def int4_linear_reference(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, block: int) -> Tensor:
@@ -40,6 +51,18 @@ def int4_linear_reference(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = int4_dequantize_reference(codes, scales, x.shape[-1], block, x.dtype).to(wide)
     return torch.nn.functional.linear(x.to(wide), weight, bias if bias is None else bias.to(wide)).to(x.dtype)
+
+
+def int8_rows_reference(x: Tensor, block: int) -> Tensor:
+    """Round x [..., K] to int8: by blocks of a row, x = s q with s = absmax / 127 and q = round_half_even(x / s).
+
+    In float32, with x / s computed as x (127 / absmax). An absmax below 1e-30 counts as zero.
+    """
+    wide = x.float()
+    blocks = torch.nn.functional.pad(wide, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
+    absmax = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(absmax >= 1e-30, 127 / absmax, 0)
+    return ((blocks * inverse).round() * (absmax / 127)).flatten(-2)[..., : x.shape[-1]]
 
 
 def check_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, block: int) -> None:
@@ -56,7 +79,9 @@ def wide_bias(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().float()
 
 
-def _int4_linear_fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, block: int) -> Tensor:
+def _int4_linear_fake(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, block: int, int8: bool = False
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
@@ -64,7 +89,10 @@ def _int4_linear_dx_fake(dy: Tensor, codes: Tensor, scales: Tensor, in_features:
     return dy.new_empty(*dy.shape[:-1], in_features)
 
 
-define("int4_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int block) -> Tensor", _int4_linear_fake)
+define(
+    "int4_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int block, bool int8=False) -> Tensor",
+    _int4_linear_fake,
+)
 define(
     "int4_linear_dx(Tensor dy, Tensor codes, Tensor scales, SymInt in_features, int block) -> Tensor",
     _int4_linear_dx_fake,
@@ -75,12 +103,14 @@ class Int4LinearFunction(Function):
     """y = x Wᵀ + b; dx = dy W."""
 
     @staticmethod
-    def forward(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, block: int) -> Tensor:
-        return torch.ops.entrenar.int4_linear(x, codes, scales, bias, block)
+    def forward(
+        x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, block: int, int8: bool = False
+    ) -> Tensor:
+        return torch.ops.entrenar.int4_linear(x, codes, scales, bias, block, int8)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, codes, scales, _, ctx.block = inputs
+        x, codes, scales, _, ctx.block, _ = inputs
         ctx.in_features = x.shape[-1]
         ctx.save_for_backward(codes, scales)
 
@@ -88,7 +118,7 @@ class Int4LinearFunction(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         codes, scales = ctx.saved_tensors
         dx = torch.ops.entrenar.int4_linear_dx(dy, codes, scales, ctx.in_features, ctx.block)
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 class Int4LinearDxFunction(Function):

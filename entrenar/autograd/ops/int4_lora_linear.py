@@ -29,6 +29,7 @@ def int4_lora_linear(
     *,
     block: int = 64,
     lora_x: Tensor | None = None,
+    int8: bool = False,
 ) -> Tensor:
     """Apply y = x Wᵀ + b + scaling (x Aᵀ) Bᵀ in one pass, with W in int4 (`int4_quantize`).
 
@@ -40,6 +41,7 @@ def int4_lora_linear(
         scaling: alpha / rank.
         block: elements that share a scale, 64 or 32.
         lora_x: what A sees instead of x, of x's shape: x after dropout.
+        int8: round x to int8 for its product with W, as `int4_linear` does.
 
     Returns:
         [..., N] of x's dtype.
@@ -57,7 +59,7 @@ def int4_lora_linear(
         if lora_x.shape != x.shape or lora_x.dtype != x.dtype:
             raise ValueError(f"lora_x is {tuple(lora_x.shape)} {lora_x.dtype}, and x {tuple(x.shape)} {x.dtype}")
     y, _ = torch.ops.entrenar.int4_lora_linear(
-        x, codes, scales, wide_bias(bias), lora_A.float(), lora_B.float(), float(scaling), block, lora_x
+        x, codes, scales, wide_bias(bias), lora_A.float(), lora_B.float(), float(scaling), block, lora_x, int8
     )
     return y
 
@@ -99,6 +101,7 @@ def _int4_lora_linear_fake(
     scaling: float,
     block: int,
     lora_x: Tensor | None = None,
+    int8: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:-1], codes.shape[0]), x.new_empty(*x.shape[:-1], lora_A.shape[0])
 
@@ -124,7 +127,7 @@ def _int4_lora_linear_backward_fake(
 
 define(
     "int4_lora_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias, Tensor lora_A, Tensor lora_B, "
-    "float scaling, int block, Tensor? lora_x=None) -> (Tensor y, Tensor u)",
+    "float scaling, int block, Tensor? lora_x=None, bool int8=False) -> (Tensor y, Tensor u)",
     _int4_lora_linear_fake,
 )
 define(
@@ -149,12 +152,13 @@ class Int4LoRALinearFunction(Function):
         scaling: float,
         block: int,
         lora_x: Tensor | None = None,
+        int8: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.entrenar.int4_lora_linear(x, codes, scales, bias, lora_A, lora_B, scaling, block, lora_x)
+        return torch.ops.entrenar.int4_lora_linear(x, codes, scales, bias, lora_A, lora_B, scaling, block, lora_x, int8)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, codes, scales, _, lora_A, lora_B, ctx.scaling, ctx.block, lora_x = inputs
+        x, codes, scales, _, lora_A, lora_B, ctx.scaling, ctx.block, lora_x, _ = inputs
         _, u = output
         ctx.mark_non_differentiable(u)
         # With a lora_x of its own, nothing in the backward needs x itself.
@@ -168,7 +172,7 @@ class Int4LoRALinearFunction(Function):
         dx, d_lora_x, dA, dB = torch.ops.entrenar.int4_lora_linear_backward(
             dy, x, codes, scales, lora_A, lora_B, u, ctx.scaling, ctx.block, needs_dx, ctx.apart
         )
-        return dx if needs_dx else None, None, None, None, dA, dB, None, None, d_lora_x if ctx.apart else None
+        return dx if needs_dx else None, None, None, None, dA, dB, None, None, d_lora_x if ctx.apart else None, None
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -29,8 +29,9 @@ def int4_lora_linears(
     scaling: float,
     *,
     block: int = 64,
+    int8: bool = False,
 ) -> list[Tensor]:
-    """The results of `int4_lora_linear` at one x, for lists of up to 8 weights that share scaling and block.
+    """The results of `int4_lora_linear` at one x, for lists of up to 8 weights that share scaling, block and int8.
 
     The same bits as one call each. x is read once for all x Aᵀ, and its gradient is one sum, rounded once:
     dx = Σ dy_i W_i + du_i A_i with du_i = scaling dy_i B_i; dA_i = du_iᵀ x, dB_i = dy_iᵀ u_i. Arguments, dtypes and
@@ -55,6 +56,7 @@ def int4_lora_linears(
         [B.float() for B in lora_B],
         float(scaling),
         block,
+        int8,
     )
     return ys
 
@@ -93,6 +95,7 @@ def _int4_lora_linears_fake(
     lora_B: list[Tensor],
     scaling: float,
     block: int,
+    int8: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     ys = [x.new_empty(*x.shape[:-1], c.shape[0]) for c in codes]
     return ys, [x.new_empty(*x.shape[:-1], A.shape[0]) for A in lora_A]
@@ -116,7 +119,7 @@ def _int4_lora_linears_backward_fake(
 
 define(
     "int4_lora_linears(Tensor x, Tensor[] codes, Tensor[] scales, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, "
-    "float scaling, int block) -> (Tensor[] y, Tensor[] u)",
+    "float scaling, int block, bool int8) -> (Tensor[] y, Tensor[] u)",
     _int4_lora_linears_fake,
 )
 define(
@@ -139,12 +142,13 @@ class Int4LoRALinearsFunction(Function):
         lora_B: list[Tensor],
         scaling: float,
         block: int,
+        int8: bool,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        return torch.ops.entrenar.int4_lora_linears(x, codes, scales, bias, lora_A, lora_B, scaling, block)
+        return torch.ops.entrenar.int4_lora_linears(x, codes, scales, bias, lora_A, lora_B, scaling, block, int8)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) -> None:
-        x, codes, scales, _, lora_A, lora_B, ctx.scaling, ctx.block = inputs
+        x, codes, scales, _, lora_A, lora_B, ctx.scaling, ctx.block, _ = inputs
         _, us = output
         ctx.mark_non_differentiable(*us)
         ctx.count = len(codes)
@@ -159,7 +163,7 @@ class Int4LoRALinearsFunction(Function):
             dys, x, codes, scales, lora_A, lora_B, us, ctx.scaling, ctx.block, needs_dx
         )
         frozen = [None] * ctx.count
-        return dx if needs_dx else None, frozen, frozen, None, dA, dB, None, None
+        return dx if needs_dx else None, frozen, frozen, None, dA, dB, None, None, None
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
