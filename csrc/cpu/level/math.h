@@ -1,0 +1,33 @@
+// Functions of a vector of float32.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+// e^x, off by at most 1.01 units in the last place over all x; right at subnormal results, overflow, infinity and NaN.
+// Cody and Waite: x = n ln 2 + r with ln 2 in two parts, of which n times the first is exact; e^r by a polynomial.
+inline vfloat vexp(vfloat x) {
+  const vfloat highest = broadcast(105.0f);  // from here on the result is infinite, below its negative 0
+  x = x > highest ? highest : x;
+  x = x < -highest ? -highest : x;
+  const vfloat shift = broadcast(0x1.8p23f);  // the sum's last bit is worth one, so it rounds to an integer
+  const vfloat shifted = x * 0x1.715476p+0f + shift;
+  const vfloat n = shifted - shift;
+  const vfloat r = (x - n * 0x1.63p-1f) + n * 0x1.bd0106p-13f;
+  vfloat q = broadcast(0x1.6a23d0p-10f);  // (e^r - 1 - r) / r² on [-ln 2 / 2, ln 2 / 2], within 2^-28 of e^r
+  q = q * r + 0x1.123a20p-7f;
+  q = q * r + 0x1.5558f2p-5f;
+  q = q * r + 0x1.555492p-3f;
+  q = q * r + 0x1.fffffcp-2f;
+  const vfloat power = q * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_scalef_ps((__m512)power, (__m512)n);
+#else
+  // 2^n in two factors, for it may be beyond float32 where the result is not.
+  const vint exponent = (vint)shifted - (vint)shift, half = exponent >> 1;
+  return power * (vfloat)((half + 127) << 23) * (vfloat)((exponent - half + 127) << 23);
+#endif
+}
+
+}  // namespace
