@@ -59,6 +59,11 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Tensor], Callable
             lambda x, w: F.rms_norm(x, (WIDTH,), w),
             (x, weight),
         ),
+        "add_rms_norm": (
+            lambda x, y, w: torch.cat(ops.add_rms_norm(x, y, w)),
+            lambda x, y, w: torch.cat((x + y, F.rms_norm(x + y, (WIDTH,), w))),
+            (x, y, weight),
+        ),
         "swiglu": (ops.swiglu, lambda a, b: F.silu(a) * b, (gate, up)),
         "rotary_embedding": (
             lambda q: ops.rotary_embedding(q, cos, sin),

@@ -82,6 +82,14 @@ inline vfloat load_bfloat16(const uint16_t* from) {
 }
 
 inline void store_bfloat16(uint16_t* to, vfloat value) {
+#if defined(__AVX512BF16__)
+  constexpr int kSubnormal = 0x20;  // which the instruction would make zeros
+  if (!_mm512_fpclass_ps_mask((__m512)value, kSubnormal)) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);
+    __builtin_memcpy(to, &rounded, sizeof(vhalfword));
+    return;
+  }
+#endif
   const vuint bits = bits_of(value), rounded = bfloat16_bits(value);
   const vuint nan = (bits >> 16) | 0x40;  // rounding could carry a NaN into infinity
   store(to, to_halfwords((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded));

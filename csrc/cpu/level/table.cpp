@@ -1,9 +1,13 @@
 // The kernels of one level, compiled once for each instruction set.
+#include "activation.h"
 #include "codec.h"
 #include "dot.h"
 #include "kernels.h"
+#include "norm.h"
 #include "outer.h"
 #include "product.h"
+#include "rotary.h"
+#include "softmax.h"
 
 #define TABLE_OF(level) kernels_##level
 #define TABLE(level) TABLE_OF(level)
@@ -12,6 +16,7 @@ namespace entrenar {
 
 const Kernels TABLE(LEVEL) = {
     kBFloat16Units, quantize, dequantize, to_units, product, product_scratch_bytes, dot, outer,
+    binary, swiglu_backward, rms_norm, rms_norm_backward, layer_norm_backward, add_sums, softmax_backward, rotary,
 };
 
 }  // namespace entrenar
