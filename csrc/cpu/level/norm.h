@@ -15,6 +15,7 @@ struct Scale {
 template <Dtype dtype>
 void rms_norm_in(const RMSNorm& n, int64_t row_begin, int64_t row_end) {
   const Scale<dtype> w = {(const Element<dtype>*)n.weight};
+  const float inverse = 1.0f / n.columns;
   for (int64_t row = row_begin; row < row_end; row++) {
     const auto* x = (const Element<dtype>*)n.x + row * n.columns;
     if (n.residual) {
@@ -30,7 +31,7 @@ void rms_norm_in(const RMSNorm& n, int64_t row_begin, int64_t row_end) {
       const vfloat value = load_some<dtype>(x + i, count);
       sums[0] += value * value;
     });
-    const float r = 1.0f / __builtin_sqrtf(squares / n.columns + n.eps);
+    const float r = 1.0f / __builtin_sqrtf(squares * inverse + n.eps);
     auto* y = (Element<dtype>*)n.y + row * n.columns;
     for_vectors(n.columns, [&](int64_t i, int64_t count) INLINE {
       store_some<dtype>(y + i, load_some<dtype>(x + i, count) * r * w.at(i, count), count);
@@ -57,6 +58,7 @@ inline void clear(float* sums, int64_t columns) {
 template <Dtype dtype>
 void rms_norm_backward_in(const NormBackward& n, int64_t row_begin, int64_t row_end, float* dw) {
   const Scale<dtype> w = {(const Element<dtype>*)n.weight};
+  const float inverse = 1.0f / n.columns;
   clear(dw, n.columns);
   for (int64_t row = row_begin; row < row_end; row++) {
     const int64_t start = row * n.columns;
@@ -69,8 +71,8 @@ void rms_norm_backward_in(const NormBackward& n, int64_t row_begin, int64_t row_
       sums[0] += value * value;
       sums[1] += load_some<dtype>(dy + i, count) * w.at(i, count) * value;
     });
-    const float r = 1.0f / __builtin_sqrtf(totals[0] / n.columns + n.eps);
-    const float projection = r * (totals[1] / n.columns);
+    const float r = 1.0f / __builtin_sqrtf(totals[0] * inverse + n.eps);
+    const float projection = r * (totals[1] * inverse);
     for_vectors(n.columns, [&](int64_t i, int64_t count) INLINE {
       const vfloat x_hat = load_some<dtype>(x + i, count) * r, gradient = load_some<dtype>(dy + i, count);
       const vfloat through = r * (gradient * w.at(i, count) - x_hat * projection);
@@ -87,6 +89,7 @@ void rms_norm_backward(const NormBackward* n, int64_t row_begin, int64_t row_end
 template <Dtype dtype>
 void layer_norm_backward_in(const NormBackward& n, int64_t row_begin, int64_t row_end, float* dw, float* db) {
   const Scale<dtype> w = {(const Element<dtype>*)n.weight};
+  const float inverse = 1.0f / n.columns;
   clear(dw, n.columns);
   clear(db, n.columns);
   for (int64_t row = row_begin; row < row_end; row++) {
@@ -98,21 +101,21 @@ void layer_norm_backward_in(const NormBackward& n, int64_t row_begin, int64_t ro
     sum_vectors<1>(n.columns, &total, [&](int64_t i, int64_t count, vfloat* sums) INLINE {
       sums[0] += load_some<dtype>(x + i, count);
     });
-    const float mean = total / n.columns;
+    const float mean = total * inverse;
     float totals[3];  // of the centred x: Σ x², Σ g, Σ g x
     sum_vectors<3>(n.columns, totals, [&](int64_t i, int64_t count, vfloat* sums) INLINE {
       const vfloat centred = keep_some(load_some<dtype>(x + i, count) - mean, count);
-      const vfloat g = __builtin_assoc_barrier(load_some<dtype>(dy + i, count) * w.at(i, count));
+      const vfloat g = rounded(load_some<dtype>(dy + i, count) * w.at(i, count));
       sums[0] += centred * centred;
       sums[1] += g;
       sums[2] += g * centred;
     });
-    const float r = 1.0f / __builtin_sqrtf(totals[0] / n.columns + n.eps);
-    const float mean_g = totals[1] / n.columns, projection = r * (totals[2] / n.columns);
+    const float r = 1.0f / __builtin_sqrtf(totals[0] * inverse + n.eps);
+    const float mean_g = totals[1] * inverse, projection = r * (totals[2] * inverse);
     for_vectors(n.columns, [&](int64_t i, int64_t count) INLINE {
       const vfloat x_hat = (load_some<dtype>(x + i, count) - mean) * r, gradient = load_some<dtype>(dy + i, count);
       // Rounded as it was for its mean, so that what a row has in common cancels: r may be large where rows are constant.
-      const vfloat g = __builtin_assoc_barrier(gradient * w.at(i, count));
+      const vfloat g = rounded(gradient * w.at(i, count));
       store_some<dtype>(dx + i, r * (g - mean_g - x_hat * projection), count);
       if (dw) add_to(dw + i, gradient * x_hat);
       if (db) add_to(db + i, gradient);

@@ -39,7 +39,7 @@ def fit(gradient: Tensor, like: Layout) -> Tensor:
     shape, dtype = like
     if gradient.shape != shape:
         gradient = gradient.sum_to_size(shape)
-    return gradient.to(dtype)
+    return gradient if gradient.dtype is dtype else gradient.to(dtype)
 
 
 def widen(x: Tensor) -> Tensor:
