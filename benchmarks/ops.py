@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from benchmarks.harness import interleaved, print_table, ratio, refuse_if_red, write
 from entrenar.autograd import ops
 
 TESTS = ("tests/autograd",)
 BATCH, TOKENS, WIDTH, INNER, HEADS, KV_HEADS, HEAD = 4, 256, 576, 1536, 9, 3, 64
+EPS = 1e-5
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -27,7 +29,12 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat([-b, a], -1)
 
 
-def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, F.rms_norm(total, (WIDTH,), weight, EPS)
+
+
+def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]]:
     """For each row ours, torch's, and the arguments."""
     x, y = (torch.randn(BATCH, TOKENS, WIDTH, dtype=dtype) for _ in range(2))
     gate, up = (torch.randn(BATCH, TOKENS, INNER, dtype=dtype) for _ in range(2))
@@ -59,6 +66,7 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Tensor], Callable
             lambda x, w: F.rms_norm(x, (WIDTH,), w),
             (x, weight),
         ),
+        "add_rms_norm": (lambda x, y, w: ops.add_rms_norm(x, y, w, EPS), add_rms_norm, (x, y, weight)),
         "swiglu": (ops.swiglu, lambda a, b: F.silu(a) * b, (gate, up)),
         "rotary_embedding": (
             lambda q: ops.rotary_embedding(q, cos, sin),
@@ -78,9 +86,9 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     for dtype in (torch.bfloat16, torch.float32):
         for name, (ours, theirs, arguments) in pairs(dtype).items():
             leaves = [x.requires_grad_() for x in arguments]
-            dy = torch.randn_like(theirs(*leaves))
+            dy = tree_map(torch.randn_like, theirs(*leaves))
 
-            def step(op: Callable[..., Tensor], leaves: list[Tensor] = leaves, dy: Tensor = dy) -> None:
+            def step(op: Callable[..., Any], leaves: list[Tensor] = leaves, dy: Any = dy) -> None:
                 torch.autograd.grad(op(*leaves), leaves, dy)
 
             seconds = interleaved({"ours": lambda f=ours: step(f), "torch": lambda f=theirs: step(f)}, rounds)

@@ -5,7 +5,7 @@
 
 namespace entrenar {
 
-enum Dtype { kFloat32, kBFloat16 };
+enum Dtype { kFloat32, kBFloat16, kFloat16 };
 
 // A matrix: int4 codes with their scales, or dense float32 where codes is null.
 struct Weight {

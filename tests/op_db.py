@@ -26,7 +26,7 @@ class Twin:
         ours: takes the arguments of torch's operator.
         name: of torch's operator, in its table.
         variant: of the entry, where torch tests an operator in several ways.
-        exact: the forward is torch's own kernel, so that its results are equal to the bit.
+        exact: the forward is torch's own kernel, so that its results are equal to the bit, with the same strides.
         wide: 16-bit values are computed with in float32, and so must torch to be compared with.
     """
 
@@ -106,7 +106,7 @@ def as_function_of_leaves(op: Callable[..., Tensor], sample: SampleInput) -> tup
 
 
 def check_forward(twin: Twin, sample: SampleInput) -> None:
-    """Results equal torch's in value, dtype, strides, and in what they are a view of."""
+    """Results equal torch's in value, dtype, strides (if the kernel is torch's), and in what they are a view of."""
     results = []
     for op in (twin.ours, twin.theirs):
         args, kwargs = arguments(sample)
@@ -115,7 +115,7 @@ def check_forward(twin: Twin, sample: SampleInput) -> None:
         results.append((result, result.untyped_storage().data_ptr() in given - {0}))
     (actual, shares), (expected, should_share) = results
     tolerance = dict(rtol=0, atol=0) if twin.exact else {}
-    torch.testing.assert_close(actual, expected, equal_nan=True, check_stride=True, **tolerance)
+    torch.testing.assert_close(actual, expected, equal_nan=True, check_stride=twin.exact, **tolerance)
     assert shares == should_share
     assert actual.requires_grad == expected.requires_grad
 

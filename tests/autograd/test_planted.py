@@ -22,6 +22,7 @@ CLASSES = torch.tensor([0, 2])
 # What is differentiated, and at which inputs, for the Function of each operation.
 CASES = {
     "AddFunction": (ops.add, BOTH),
+    "AddRMSNormFunction": (lambda x, y, w: ops.cat(ops.add_rms_norm(x, y, w)), [*BOTH, POSITIVE[0]]),
     "SubFunction": (ops.sub, BOTH),
     "MulFunction": (ops.mul, BOTH),
     "DivFunction": (ops.div, BOTH),

@@ -50,6 +50,38 @@ struct CrossEntropy {
   float* losses;
 };
 
+// What is computed of two arrays, element by element.
+enum Binary { kSiluBackward, kGeluBackward, kGeluTanhBackward, kSigmoidBackward, kTanhBackward, kSwiGLU };
+
+// y = x̂ w with x̂ = s / sqrt(mean(s²) + eps) for each row s of x, or of x + residual, which is then kept in sum.
+struct RMSNorm {
+  Dtype dtype;
+  int64_t columns;
+  float eps;
+  const void *x, *residual, *weight;  // residual and weight may be null
+  void *sum, *y;
+};
+
+// The gradient through a normalization of rows, from dy and its input x; dsum, if not null, is added to dx.
+struct NormBackward {
+  Dtype dtype;
+  int64_t columns;
+  float eps;
+  const void *dy, *x, *weight, *dsum;
+  void* dx;
+};
+
+// y = x cos + R x sin, or its transpose, for rows of d elements along three other dimensions, the last the innermost.
+struct Rotary {
+  enum { kX, kCos, kSin, kY, kTensors };
+  Dtype dtype;
+  bool transposed;
+  int64_t half;  // d / 2
+  int64_t sizes[3], strides[kTensors][3];
+  const void *x, *cos, *sin;
+  void* y;
+};
+
 struct Kernels {
   bool bfloat16_units;  // whether bfloat16 is multiplied in pairs; otherwise as float32
 
@@ -92,7 +124,27 @@ struct Kernels {
   void (*attention_sum)(const float* parts, int64_t count, int64_t part_stride, float scale, Dtype dtype, int64_t keys,
                         int64_t columns, Rows out);
   void (*cross_entropy)(const CrossEntropy* p, int64_t row_begin, int64_t row_end);
+
+  // Element by element; what is a gradient takes dy first. 16-bit values are rounded once, at the end.
+  void (*binary)(Binary f, Dtype dtype, int64_t begin, int64_t end, const void* a, const void* b, void* out);
+  void (*swiglu_backward)(Dtype dtype, int64_t begin, int64_t end, const void* dy, const void* gate, const void* up,
+                          void* dgate, void* dup);
+
+  // Rows [row_begin, row_end). Sums over these rows go to dw and db, if they are not null: `sums_stride(columns)` floats.
+  void (*rms_norm)(const RMSNorm* n, int64_t row_begin, int64_t row_end);
+  void (*rms_norm_backward)(const NormBackward* n, int64_t row_begin, int64_t row_end, float* dw);
+  void (*layer_norm_backward)(const NormBackward* n, int64_t row_begin, int64_t row_end, float* dw, float* db);
+  // out[i] = the sum over chunks of sums[chunk * sums_stride(columns) + i], in their order.
+  void (*add_sums)(const float* sums, int64_t chunks, int64_t columns, Dtype dtype, void* out);
+
+  // From dy and the result y.
+  void (*softmax_backward)(bool log, Dtype dtype, int64_t columns, int64_t row_begin, int64_t row_end, const void* dy,
+                           const void* y, void* dx);
+  void (*rotary)(const Rotary* r, int64_t row_begin, int64_t row_end);
 };
+
+// Sums over rows are kept in whole vectors of every level.
+constexpr int64_t sums_stride(int64_t columns) { return (columns + 15) / 16 * 16; }
 
 constexpr int64_t kTileColumns = 64;
 constexpr int64_t kTileUnits = 192;  // at most

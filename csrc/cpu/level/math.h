@@ -38,4 +38,32 @@ inline vfloat vexp(vfloat x) {
 #endif
 }
 
+// 1 / (1 + e^-x), off by at most 2.5 units in the last place: those of the exponential, the sum and the quotient.
+inline vfloat vsigmoid(vfloat x) { return 1.0f / (1.0f + vexp(-x)); }
+
+// The normal distribution: its density φ(x) = e^(-x²/2) / √2π, and Φ(x), the integral of φ up to x, within 2^-21 of
+// the smaller of Φ(x) and 1 - Φ(x), plus the error of φ: x² is rounded, which moves φ by up to x² 2^-25 of itself.
+// For t >= 0, Φ(-t) = φ(t) M(t) with Mills' ratio M, here w P(w) with w = 1 / (1 + 0.27 t) and a polynomial P fitted
+// for the least largest relative error (2.4e-8) up to t = 14.5, where float32 ends.
+struct Normal {
+  vfloat density, distribution;
+};
+
+inline Normal vnormal(vfloat x) {
+  const vfloat t = x < 0 ? -x : x;
+  const vfloat w = 1.0f / (1.0f + 0.27f * t);
+  vfloat mills = broadcast(0x1.295958p-4f);
+  mills = mills * w - 0x1.44a9dep-2f;
+  mills = mills * w + 0x1.b3ceb4p-2f;
+  mills = mills * w - 0x1.634de2p-3f;
+  mills = mills * w + 0x1.14c472p-2f;
+  mills = mills * w + 0x1.71ded6p-3f;
+  mills = mills * w + 0x1.05538ep-2f;
+  mills = mills * w + 0x1.140a28p-2f;
+  mills = mills * w + 0x1.147efcp-2f;
+  const vfloat density = 0x1.988454p-2f * vexp(-0.5f * (x * x));
+  const vfloat tail = density * (mills * w);
+  return {density, x < 0 ? tail : 1.0f - tail};
+}
+
 }  // namespace

@@ -1,11 +1,15 @@
 // The kernels of one level, compiled once for each instruction set.
+#include "activation.h"
 #include "attention.h"
 #include "codec.h"
 #include "cross_entropy.h"
 #include "dot.h"
 #include "kernels.h"
+#include "norm.h"
 #include "outer.h"
 #include "product.h"
+#include "rotary.h"
+#include "softmax.h"
 
 #define TABLE_OF(level) kernels_##level
 #define TABLE(level) TABLE_OF(level)
@@ -16,6 +20,7 @@ const Kernels TABLE(LEVEL) = {
     kBFloat16Units, quantize, dequantize, to_units, to_int8, product, product_scratch_bytes, dot, pack_outer, outer,
     attention_tile_words, attention_pack, attention_scratch_bytes, attention_forward, attention_backward, attention_sum,
     cross_entropy,
+    binary, swiglu_backward, rms_norm, rms_norm_backward, layer_norm_backward, add_sums, softmax_backward, rotary,
 };
 
 }  // namespace entrenar

@@ -2,6 +2,7 @@
 
 from entrenar.autograd.ops._library import cpu_level, load_kernels, set_cpu_level
 from entrenar.autograd.ops.activation import gelu, log_softmax, relu, sigmoid, silu, softmax, tanh
+from entrenar.autograd.ops.add_rms_norm import add_rms_norm
 from entrenar.autograd.ops.attention import attention, scaled_dot_product_attention
 from entrenar.autograd.ops.elementwise import add, div, exp, log, mul, neg, pow, sqrt, sub
 from entrenar.autograd.ops.embedding import dropout, embedding
@@ -22,6 +23,7 @@ from entrenar.autograd.ops.swiglu import swiglu
 
 __all__ = [
     "add",
+    "add_rms_norm",
     "attention",
     "cat",
     "cpu_level",

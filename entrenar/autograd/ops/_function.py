@@ -9,9 +9,20 @@ import torch
 
 
 class Function(torch.autograd.Function):
-    """torch.autograd.Function, with the signature of `forward` looked up once instead of at every call."""
+    """torch.autograd.Function with a short way to the engine, which takes all arguments of `forward` by position.
+
+    Torch's own `apply` first binds the arguments to the signature of `forward`, at several times the cost of the call.
+    Only torch.func needs it; there the signature is at least looked up once.
+    """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         forward: Any = cls.forward
         forward.__signature__ = inspect.signature(forward)
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """The results of `forward`, as nodes of the graph."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]

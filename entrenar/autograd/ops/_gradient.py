@@ -15,10 +15,17 @@ Layout: TypeAlias = tuple[torch.Size, torch.dtype] | None
 def refuse_complex(op: str, *values: Any) -> None:
     """Raise TypeError if any of `values` is a complex tensor, number or dtype."""
     for value in values:
-        dtype = value.dtype if isinstance(value, Tensor) else value
-        if isinstance(value, complex) or (isinstance(dtype, torch.dtype) and dtype.is_complex):
-            kind = dtype if isinstance(dtype, torch.dtype) else "a complex number"
-            raise TypeError(f"{op} does not take complex values, and was given {kind}: use torch.{op}")
+        if isinstance(value, Tensor):
+            if value.is_complex():
+                raise _complex_error(op, value.dtype)
+        elif isinstance(value, complex):
+            raise _complex_error(op, "a complex number")
+        elif isinstance(value, torch.dtype) and value.is_complex:
+            raise _complex_error(op, value)
+
+
+def _complex_error(op: str, kind: torch.dtype | str) -> TypeError:
+    return TypeError(f"{op} does not take complex values, and was given {kind}: use torch.{op}")
 
 
 def layout(x: Operand | None) -> Layout:
@@ -32,7 +39,7 @@ def fit(gradient: Tensor, like: Layout) -> Tensor:
     shape, dtype = like
     if gradient.shape != shape:
         gradient = gradient.sum_to_size(shape)
-    return gradient.to(dtype)
+    return gradient if gradient.dtype is dtype else gradient.to(dtype)
 
 
 def widen(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def overridable(op: Op) -> Op:
 
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
-        operands = (*args, *kwargs.values())
+        operands = (*args, *kwargs.values()) if kwargs else args
         if has_torch_function(operands):
             return handle_torch_function(call, operands, *args, **kwargs)
         return op(*args, **kwargs)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex, widen
+from entrenar.autograd.ops._kernel import has_kernel
+from entrenar.autograd.ops._library import define
 from entrenar.autograd.ops._override import overridable
 
 
@@ -79,6 +81,22 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
     return LogSoftmaxFunction.apply(input, dim, dtype)
 
 
+def _backward_fake(dy: Tensor, kept: Tensor) -> Tensor:
+    return torch.empty_like(dy, memory_format=torch.contiguous_format)
+
+
+for _name, _kept in (
+    ("silu", "x"),
+    ("gelu", "x"),
+    ("gelu_tanh", "x"),
+    ("sigmoid", "y"),
+    ("tanh", "y"),
+    ("softmax", "y"),
+    ("log_softmax", "y"),
+):
+    define(f"{_name}_backward(Tensor dy, Tensor {_kept}) -> Tensor", _backward_fake)
+
+
 class ReluFunction(Function):
     """y = max(x, 0); dx = dy where y > 0."""
 
@@ -116,6 +134,10 @@ class GeluFunction(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (input,) = ctx.saved_tensors
+        if has_kernel(dy, input):
+            ops = torch.ops.entrenar
+            op = ops.gelu_tanh_backward if ctx.approximate == "tanh" else ops.gelu_backward
+            return op.default(dy, input), None
         x = widen(input)
         if ctx.approximate == "tanh":
             slope = math.sqrt(2 / math.pi)
@@ -144,6 +166,8 @@ class SiluFunction(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (input,) = ctx.saved_tensors
+        if has_kernel(dy, input):
+            return torch.ops.entrenar.silu_backward.default(dy, input)
         x = widen(input)
         s = torch.sigmoid(x)
         return (dy * (s * (1 + x * (1 - s)))).to(input.dtype)
@@ -165,6 +189,8 @@ class SigmoidFunction(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (output,) = ctx.saved_tensors
+        if has_kernel(dy, output):
+            return torch.ops.entrenar.sigmoid_backward.default(dy, output)
         y = widen(output)
         return (dy * ((1 - y) * y)).to(output.dtype)
 
@@ -185,6 +211,8 @@ class TanhFunction(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (output,) = ctx.saved_tensors
+        if has_kernel(dy, output):
+            return torch.ops.entrenar.tanh_backward.default(dy, output)
         y = widen(output)
         return (dy * (1 - y * y)).to(output.dtype)
 
@@ -207,6 +235,8 @@ class SoftmaxFunction(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (output,) = ctx.saved_tensors
+        if along_last(ctx, dy) and has_kernel(dy, output):
+            return torch.ops.entrenar.softmax_backward.default(dy, output), None, None
         y = widen(output)
         weighted = dy * y
         dx = torch.addcmul(weighted, y, weighted.sum(ctx.dim, keepdim=True), value=-1)
@@ -231,6 +261,13 @@ class LogSoftmaxFunction(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (y,) = ctx.saved_tensors
+        if along_last(ctx, dy) and has_kernel(dy, y):
+            return torch.ops.entrenar.log_softmax_backward.default(dy, y), None, None
         dy = widen(dy)
         dx = torch.addcmul(dy, widen(y).exp(), dy.sum(ctx.dim, keepdim=True), value=-1)
         return fit(dx, ctx.input), None, None
+
+
+def along_last(ctx: Any, dy: Tensor) -> bool:
+    """Whether the kernels take the gradient of a softmax: along the last dimension, with no conversion."""
+    return 0 < dy.dim() == ctx.dim % dy.dim() + 1 and ctx.input[1] is dy.dtype

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex
+from entrenar.autograd.ops._kernel import has_kernel
+from entrenar.autograd.ops._library import define
 from entrenar.autograd.ops._override import overridable
 
 
@@ -22,7 +24,8 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             second half repeats the first.
 
     Returns:
-        The broadcast shape and the promoted dtype of the three.
+        The broadcast shape and the promoted dtype of the three. 16-bit values are computed in float32 and rounded once
+        where a kernel takes them (cos and sin broadcast to x, in its dtype), else each product and sum is rounded.
 
     dx = dy cos - R (dy sin), because Rᵀ = -R; dcos = dy x, dsin = dy R x.
     Raises ValueError for an odd d, TypeError for complex values.
@@ -45,6 +48,14 @@ def rotary_embedding_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos_a - b * sin_a, b * cos_b + a * sin_b], dim=-1)
 
 
+def _rotary_embedding_fake(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
+    return torch.empty_like(x if x.stride(-1) == 1 else x.contiguous())
+
+
+# With `transposed` the map from dy to dx. The result lies in memory as x does, if x's rows are contiguous.
+define("rotary_embedding(Tensor x, Tensor cos, Tensor sin, bool transposed) -> Tensor", _rotary_embedding_fake)
+
+
 class RotaryEmbeddingFunction(Function):
     """y = x cos + R x sin; dx = dy cos - R (dy sin). It is linear in x, which is kept for dcos and dsin only."""
 
@@ -52,6 +63,8 @@ class RotaryEmbeddingFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if _has_rotary_kernel(x, cos, sin):
+            return torch.ops.entrenar.rotary_embedding.default(x, cos, sin, False)
         return x * cos + _turn(x) * sin
 
     @staticmethod
@@ -65,12 +78,20 @@ class RotaryEmbeddingFunction(Function):
         x, cos, sin = ctx.saved_tensors
         dx = dcos = dsin = None
         if ctx.needs_input_grad[0]:
-            dx = fit(dy * cos - _turn(dy * sin), ctx.x)
+            if dy.shape == ctx.x[0] and _has_rotary_kernel(dy, cos, sin):
+                dx = torch.ops.entrenar.rotary_embedding.default(dy, cos, sin, True)
+            else:
+                dx = fit(dy * cos - _turn(dy * sin), ctx.x)
         if ctx.needs_input_grad[1]:
             dcos = fit(dy * x, layout(cos))
         if ctx.needs_input_grad[2]:
             dsin = fit(dy * _turn(x), layout(sin))
         return dx, dcos, dsin
+
+
+def _has_rotary_kernel(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether a kernel takes these: cos and sin broadcast to x, and not beyond."""
+    return x.dim() <= 4 and has_kernel(x, cos, sin) and torch.broadcast_shapes(x.shape, cos.shape, sin.shape) == x.shape
 
 
 def _turn(x: Tensor) -> Tensor:

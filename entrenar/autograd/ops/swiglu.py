@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex, widen
+from entrenar.autograd.ops._kernel import has_kernel
+from entrenar.autograd.ops._library import define
 from entrenar.autograd.ops._override import overridable
 
 
@@ -21,7 +23,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         gate, up: floating point, broadcastable to each other.
 
     Returns:
-        The broadcast shape and the promoted dtype of the two.
+        The broadcast shape and the promoted dtype of the two; 16-bit values are computed in float32 and rounded once
+        where a kernel takes them, else silu(gate) is rounded before it is multiplied.
 
     With σ = σ(gate): dgate = dy up σ (1 + gate (1 - σ)), dup = dy silu(gate). σ is computed anew: only gate and up are
     kept. Raises TypeError for complex values.
@@ -37,6 +40,18 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
+def _swiglu_fake(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+def _swiglu_backward_fake(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return _swiglu_fake(gate, up), _swiglu_fake(gate, up)
+
+
+define("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu_fake)
+define("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)", _swiglu_backward_fake)
+
+
 class SwiGLUFunction(Function):
     """y = g σ(g) u; dg = dy u σ (1 + g (1 - σ)), du = dy g σ."""
 
@@ -44,6 +59,8 @@ class SwiGLUFunction(Function):
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor) -> Tensor:
+        if gate.shape == up.shape and has_kernel(gate, up):
+            return torch.ops.entrenar.swiglu.default(gate, up)
         return F.silu(gate) * up
 
     @staticmethod
@@ -53,6 +70,8 @@ class SwiGLUFunction(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
+        if gate.shape == up.shape and has_kernel(dy, gate, up):
+            return torch.ops.entrenar.swiglu_backward.default(dy, gate, up)
         dgate = dup = None
         g, dy = widen(gate), widen(dy)
         sigma = torch.sigmoid(g)
