@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from entrenar.autograd import ops
 from entrenar.autograd.gradcheck import Difference, GradientReport
 from entrenar.autograd.tape import Tape
 from entrenar.autograd.tape_gradients import EntryCheck, TapeCheck
@@ -95,6 +96,15 @@ def test_checks_say_what_was_compared_and_what_was_not():
     assert str(found.skipped[0]).startswith("not checked (a change of dtype): 4. torch to(")
     assert str(found.worst).startswith(f"ok: {found.worst.entry}: ")
     assert found.worst.error == max(check.error for check in found.checks)
+
+
+def test_checks_say_what_has_no_float64():
+    x, packed = torch.randn(2, 8, requires_grad=True), ops.int4_quantize(torch.randn(8, 8))
+    with Tape() as tape:
+        ops.int4_linear(ops.int4_linear(x, *packed), *packed).cumsum(0).sum()
+    lines = str(tape.check_gradients()).splitlines()
+    assert lines[0] == "4 operations checked, 0 wrong, 0 not checked"
+    assert lines[2:] == ["checked in float32 instead of float64: 2 (int4_linear)"]
 
 
 @pytest.mark.parametrize("cast", ["double", "half", "bfloat16"])
