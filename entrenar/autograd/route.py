@@ -17,7 +17,7 @@ Function = Callable[..., Any]
 def route(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function | None:
     """The operation of ours that does what `func` does with these arguments, taking them as they are; or None."""
     target = ROUTES.get(func)
-    if target is None or kwargs.get("out") is not None or kwargs.get("inplace"):
+    if target is None or kwargs.get("out") is not None:
         return None
     if any(isinstance(x, Tensor) and x.is_complex() for x in args):
         return None
@@ -146,8 +146,10 @@ ROUTES: dict[Function, Function] = {
     **dict.fromkeys([*_of_torch("mm"), *_of_torch("bmm"), Tensor.__matmul__], ops.matmul),
     **dict.fromkeys(_of_torch("relu"), _relu),
     F.silu: _silu,
-    **dict.fromkeys(_of_torch("softmax"), _softmax),
-    **dict.fromkeys(_of_torch("log_softmax"), _log_softmax),
+    **dict.fromkeys([torch.softmax, Tensor.softmax], ops.softmax),
+    **dict.fromkeys([torch.log_softmax, Tensor.log_softmax], ops.log_softmax),
+    F.softmax: _softmax,
+    F.log_softmax: _log_softmax,
     F.scaled_dot_product_attention: ops.scaled_dot_product_attention,
     F.embedding: ops.embedding,
     F.dropout: ops.dropout,

@@ -248,9 +248,14 @@ class Tape(TorchFunctionMode):
     def _value(self, tensor: Tensor) -> Value:
         key = (id(tensor), tensor._version)
         if key not in self._values:
+            name, version = f"v{len(self._values)}", tensor._version
             with torch._C.DisableTorchFunction():  # a subclass's own functions would become part of the graph
-                edge = edge_of(tensor) if tensor.requires_grad else None
-            self._values[key] = Value(f"v{len(self._values)}", tensor, tensor._version, edge)
+                try:
+                    edge = edge_of(tensor) if tensor.requires_grad else None
+                except AssertionError:
+                    # A custom Function is about to return it: its node is made after this call.
+                    return Value(name, tensor, version, None)
+            self._values[key] = Value(name, tensor, version, edge)
             if isinstance(tensor, nn.Parameter):
                 self._kept.add(_storage(tensor))
         return self._values[key]
@@ -292,8 +297,8 @@ def _name(func: Callable[..., Any]) -> str | None:
     if func in OURS:
         return OURS[func]
     parts = (resolve_name(func) or getattr(func, "__name__", str(func))).split(".")
-    if parts[-1] in ("__get__", "__set__"):
-        return parts[-2] if parts[-2] in VIEWS and parts[-1] == "__get__" else None
+    if parts[-1] == "__get__":
+        return parts[-2] if parts[-2] in VIEWS else None
     return parts[-1].strip("_") if parts[-1].startswith("_") else parts[-1]
 
 

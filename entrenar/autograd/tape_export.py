@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 DRAWABLE = 60
 """Operations that a picture can hold and still be read."""
+COLUMN, ROW = 2.2, 0.8
+"""Inches."""
 
 
 def export(entries: Sequence[Entry], path: Path) -> None:
@@ -54,39 +56,51 @@ def _draw(entries: Sequence[Entry], path: Path) -> None:
         raise ModuleNotFoundError("a tape is drawn with matplotlib: pip install 'entrenar[cli]'") from error
 
     places = _places(entries)
-    width = max(x for x, _ in places.values()) + 1
-    height = max(y for _, y in places.values()) + 1
-    figure = Figure(figsize=(2.2 * width + 0.5, 0.8 * height + 0.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xlim(-0.7, width - 0.3)
-    axes.set_ylim(height - 0.3, -0.7)
+    columns = max((x for x, _ in places.values()), default=0) + 1
+    rows = max((y for _, y in places.values()), default=0) + 1
+    figure = Figure(figsize=(COLUMN * columns, ROW * rows))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
     axes.axis("off")
+    boxes: dict[str, Any] = {}
     for entry in entries:
-        for source in entry.inputs:
-            axes.annotate(
-                "",
-                xy=places[f"#{entry.index}"],
-                xytext=places[source.name],
-                arrowprops={"arrowstyle": "-|>", "color": "0.55", "shrinkA": 14, "shrinkB": 14},
-            )
-    for entry in entries:
-        label = f"{entry.index}. {entry.op}\n{', '.join(value.name for value in entry.outputs)}"
         color = "#d9e6f7" if entry.ours else "#f5e3d3"
-        _box(axes, places[f"#{entry.index}"], label, color, "round,pad=0.4")
-    produced = {value.name for entry in entries for value in entry.outputs}
-    for value in {v.name: v for entry in entries for v in entry.inputs if v.name not in produced}.values():
-        _box(axes, places[value.name], str(value), "#e6f2dc" if value.edge is not None else "#eeeeee", "square,pad=0.3")
+        box = _box(axes, places[_name(entry)], _label(entry), color, "round,pad=0.4")
+        boxes |= dict.fromkeys([_name(entry), *(value.name for value in entry.outputs)], box)
+    for entry in entries:
+        for value in entry.inputs:
+            if value.name not in boxes:
+                color = "#e6f2dc" if value.edge is not None else "#eeeeee"
+                boxes[value.name] = _box(axes, places[value.name], str(value), color, "square,pad=0.3")
+            _arrow(axes, boxes[value.name], boxes[_name(entry)])
     figure.savefig(os.fspath(path), dpi=120)
 
 
-def _box(axes: Any, place: tuple[float, float], label: str, color: str, style: str) -> None:
-    axes.text(
+def _name(entry: Entry) -> str:
+    return f"#{entry.index}"
+
+
+def _label(entry: Entry) -> str:
+    return f"{entry.index}. {entry.op}\n{', '.join(value.name for value in entry.outputs)}"
+
+
+def _box(axes: Any, place: tuple[float, float], label: str, color: str, style: str) -> Any:
+    return axes.text(
         *place, label, ha="center", va="center", fontsize=8, bbox={"boxstyle": style, "facecolor": color, "lw": 0.6}
     )
 
 
+def _arrow(axes: Any, source: Any, target: Any) -> None:
+    ends = {"patchA": source.get_bbox_patch(), "patchB": target.get_bbox_patch()}
+    axes.annotate(
+        "",
+        xy=target.get_position(),
+        xytext=source.get_position(),
+        arrowprops={"arrowstyle": "-|>", "color": "0.55", **ends},
+    )
+
+
 def _places(entries: Sequence[Entry]) -> dict[str, tuple[float, float]]:
-    """Where each leaf, operation and value stands: a row below everything that it is computed from."""
+    """Where each leaf and operation stands: a row below everything that it is computed from."""
     depth: dict[str, int] = {}
     rows: dict[int, int] = {}
     places: dict[str, tuple[float, float]] = {}
@@ -100,8 +114,6 @@ def _places(entries: Sequence[Entry]) -> dict[str, tuple[float, float]]:
         for value in entry.inputs:
             if value.name not in depth:
                 put(value.name, 0)
-        name = f"#{entry.index}"
-        put(name, 1 + max((depth[value.name] for value in entry.inputs), default=0))
-        for value in entry.outputs:
-            depth[value.name], places[value.name] = depth[name], places[name]
+        put(_name(entry), 1 + max((depth[value.name] for value in entry.inputs), default=0))
+        depth |= dict.fromkeys((value.name for value in entry.outputs), depth[_name(entry)])
     return places

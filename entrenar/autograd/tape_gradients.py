@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,8 +72,10 @@ class TapeCheck:
         checked = len(self.checks) - len(self.skipped)
         lines = [f"{checked} operations checked, {len(self.wrong)} wrong, {len(self.skipped)} not checked"]
         lines += [str(check) for check in self.wrong or ([self.worst] if self.worst else [])]
-        reasons = {check.skipped for check in self.skipped}
-        lines += [f"not checked: {sum(c.skipped == r for c in self.skipped)} ({r})" for r in sorted(reasons)]
+        without_float64 = Counter(check.entry.op for check in self.checks if check.dtype is torch.float32)
+        lines += [f"checked in float32 instead of float64: {n} ({op})" for op, n in sorted(without_float64.items())]
+        reasons = Counter(check.skipped for check in self.skipped)
+        lines += [f"not checked: {n} ({reason})" for reason, n in sorted(reasons.items())]
         return "\n".join(lines)
 
 

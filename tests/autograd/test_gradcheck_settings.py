@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from entrenar.autograd.gradcheck import GradientError, check_gradient
+from entrenar.autograd.gradcheck import Difference, GradientError, GradientReport, check_gradient
 
 
 def test_up_to_1000_elements_one_by_one_and_more_along_8_directions():
@@ -29,6 +29,25 @@ def test_step_and_threshold_are_those_given():
     assert report.worst.where == "input 0"
     assert report.worst.numeric == pytest.approx(report.worst.analytic * 3.25 / 3)
     assert report.worst.error == pytest.approx(0.25 / 3.25)
+
+
+def test_in_float32_the_step_is_larger_and_the_threshold_wider():
+    x = torch.tensor(1.0)
+    report = check_gradient(lambda x: x**3, x, dtype=torch.float32)
+    # The step adds 1e-6 to the derivative of x³; the two values round by 6e-8, over twice the step of 1e-3.
+    assert report.worst.numeric == pytest.approx(report.worst.analytic, rel=1e-4)
+    check_gradient(lambda x: 1.1 * x + x.detach() * -0.1, x, dtype=torch.float32)
+    with pytest.raises(GradientError, match=r"above the threshold 0\.2"):
+        check_gradient(lambda x: 1.5 * x - 0.5 * x.detach(), x, dtype=torch.float32)
+
+
+def test_an_error_as_large_as_the_threshold_passes():
+    assert GradientReport(0.5, 1, Difference("input 0", 1.0, 1.5, 0.5)).ok
+    assert not GradientReport(0.5, 1, Difference("input 0", 1.0, 1.6, 0.6)).ok
+
+
+def test_of_equal_errors_the_first_is_named():
+    assert check_gradient(lambda x: 2 * x, torch.ones(3)).worst.where == "input 0[0]"
 
 
 def test_an_input_that_nothing_depends_on_has_gradient_zero():

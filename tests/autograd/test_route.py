@@ -55,6 +55,12 @@ def test_the_same_function(ours, func):
         (torch.log_softmax, (X, 0)),
         (Tensor.log_softmax, (X, 1)),
         (F.log_softmax, (X, 0)),
+        (torch.softmax, (X, 0, torch.float64)),
+        (Tensor.softmax, (X, 0, torch.float64)),
+        (F.softmax, (X, 0, 3, torch.float64)),
+        (torch.log_softmax, (X, 0, torch.float64)),
+        (Tensor.log_softmax, (X, 0, torch.float64)),
+        (F.log_softmax, (X, 0, 3, torch.float64)),
         (torch.relu, (X - 1,)),
         (Tensor.relu, (X - 1,)),
         (F.relu, (X - 1,)),
@@ -68,6 +74,27 @@ def test_equal_results_where_the_arguments_stand_otherwise(func, args):
     target = route(func, args, {})
     assert target is not None
     torch.testing.assert_close(target(*args), func(*args))
+
+
+@pytest.mark.parametrize(
+    ("func", "args", "kwargs"),
+    [
+        (torch.rsub, (X, X.flip(0)), {"alpha": 2}),
+        (torch.add, (X, X.flip(0)), {"alpha": 2, "out": None}),
+        (torch.sum, (X,), {"dim": 0, "keepdim": True, "dtype": torch.float64}),
+        (Tensor.mean, (X,), {"dim": 0, "keepdim": True, "dtype": torch.float64}),
+        (torch.softmax, (X,), {"dim": 0, "dtype": torch.float64}),
+        (F.softmax, (X,), {"dim": 0, "dtype": torch.float64}),
+        (F.log_softmax, (X,), {"dim": 0, "dtype": torch.float64}),
+        (F.relu, (X - 1,), {"inplace": False}),
+        (F.silu, (X,), {"inplace": False}),
+        (F.cross_entropy, (X, torch.tensor([1, 0])), {"ignore_index": 1, "label_smoothing": 0.5}),
+    ],
+)
+def test_equal_results_with_keywords(func, args, kwargs):
+    target = route(func, args, kwargs)
+    assert target is not None
+    torch.testing.assert_close(target(*args, **{k: v for k, v in kwargs.items() if k != "out"}), func(*args, **kwargs))
 
 
 @pytest.mark.parametrize(

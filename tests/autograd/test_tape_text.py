@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from entrenar.autograd import ops
 from entrenar.autograd.gradcheck import Difference, GradientReport
+from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.tape import Tape
 from entrenar.autograd.tape_gradients import EntryCheck, TapeCheck
+
+DOUBLE = torch.ones(1, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -31,12 +36,112 @@ def test_dtypes_are_short(dtype, name):
 
 @pytest.mark.parametrize("view", ["T", "mT", "H", "mH", "data"])
 def test_views_are_recorded_and_other_attributes_are_not(view):
-    x = torch.randn(2, 3)
+    x, ones = torch.randn(2, 3), torch.ones(2, 3)
     with Tape() as tape:
         getattr(x, view)
         assert (x.shape, x.grad) == ((2, 3), None)
         x.requires_grad = True
+        x.grad = ones
+        assert x.grad.shape == (2, 3)
     assert [entry.op for entry in tape.entries] == [view]
+
+
+def test_several_results_are_listed():
+    with Tape() as tape:
+        torch.ones(3, 2).unbind()
+    assert str(tape.entries[-1]) == "2. torch unbind(v0: [3, 2] f32) -> v1, v2, v3"
+
+
+class Doubling:
+    """A callable without a name, of which torch's override protocol knows."""
+
+    def __call__(self, x):
+        if has_torch_function_unary(x):
+            return handle_torch_function(self, (x,), x)
+        return x.add(x)
+
+    def __str__(self):
+        return "doubling"
+
+
+@overridable
+def cube_of_float32(x, factor=1.0):
+    """x³, for float32 only; `factor` spoils the gradient."""
+    if x.dtype != torch.float32:
+        raise ValueError(f"there is no cube of {x.dtype}\nat all")
+    return Spoiled.apply(x, factor) ** 3
+
+
+class Spoiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.factor * dy, None
+
+
+def test_functions_of_others_are_recorded_by_name():
+    x = torch.ones(1)
+    with Tape() as tape:
+        cube_of_float32(x)
+        Doubling()(x)
+    assert [entry.op for entry in tape.entries] == ["cube_of_float32", "doubling"]
+
+
+def test_what_has_no_float64_is_checked_in_float32():
+    x = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
+    with Tape() as tape:
+        cube_of_float32(x)
+        cube_of_float32(x, 1.1)
+    right, wrong = tape.check_gradients().checks
+    assert (right.dtype, right.skipped, wrong.dtype) == (torch.float32, "", torch.float32)
+    assert right.report.ok
+    assert not wrong.report.ok
+
+
+@overridable
+def copy_of_bfloat16(x):
+    """x, for bfloat16 only."""
+    if x.dtype != torch.bfloat16:
+        raise ValueError(f"there is no copy of {x.dtype}\nat all")
+    return x.clone()
+
+
+def test_what_has_neither_is_not_checked_and_says_why():
+    x = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    with Tape() as tape:
+        copy_of_bfloat16(x)
+    (check,) = tape.check_gradients().skipped
+    assert check == EntryCheck(tape.entries[0], None, None, "there is no copy of torch.float32")
+
+
+def test_complex_results_are_not_checked():
+    x = torch.ones(2, requires_grad=True)
+    with Tape() as tape:
+        torch.complex(x, x)
+    (check,) = tape.check_gradients().skipped
+    assert check == EntryCheck(tape.entries[0], None, None, "no floating-point result")
+
+
+def test_a_dtype_among_the_arguments_is_that_of_the_check():
+    x = torch.randn(4, dtype=torch.bfloat16, requires_grad=True)
+    with Tape() as tape:
+        torch.sum(x * x, 0, dtype=torch.float32)
+    found = tape.check_gradients()
+    assert not found.wrong
+    assert [check.dtype for check in found.checks] == 2 * [torch.float64]
+
+
+def test_every_input_is_checked_along_two_directions():
+    x = torch.tensor(2.0, requires_grad=True)
+    with Tape() as tape:
+        x * torch.ones(3, requires_grad=True)
+    (check,) = [check for check in tape.check_gradients().checks if check.entry.op == "mul"]
+    assert check.report.checked == 4
+    assert "along random direction" in check.report.worst.where
 
 
 def test_summary_lists_the_slowest_first():
@@ -44,15 +149,16 @@ def test_summary_lists_the_slowest_first():
     with Tape() as tape:
         y = torch.cumsum(x, 0).exp()
         y.sum()
-    for entry, seconds in zip(tape.entries, (0.25, 0.5, 0.125), strict=True):
+    assert [entry.saved_bytes for entry in tape.entries] == [0, 4_000_000, 0]
+    for entry, seconds, saved in zip(tape.entries, (0.5, 0.25, 0.125), (0, 123_456_780_000, 10_000), strict=True):
         assert 0 < entry.seconds < 60
-        entry.seconds = seconds
+        entry.seconds, entry.saved_bytes = seconds, saved
     assert tape.summary().splitlines() == [
         "operation      count  forward ms   saved MB",
-        "exp                1      500.00       4.00",
-        "torch cumsum       1      250.00       0.00",
-        "sum                1      125.00       0.00",
-        "all                3      875.00       4.00",
+        "torch cumsum       1      500.00       0.00",
+        "exp                1      250.00  123456.78",
+        "sum                1      125.00       0.01",
+        "all                3      875.00  123456.79",
     ]
 
 
@@ -97,11 +203,23 @@ def test_checks_say_what_was_compared_and_what_was_not():
     assert found.worst.error == max(check.error for check in found.checks)
 
 
-@pytest.mark.parametrize("cast", ["double", "half", "bfloat16"])
-def test_casts_are_not_checked(cast):
+def test_checks_say_what_has_no_float64():
+    x, packed = torch.randn(2, 8, requires_grad=True), ops.int4_quantize(torch.randn(8, 8))
+    with Tape() as tape:
+        ops.int4_linear(ops.int4_linear(x, *packed), *packed).cumsum(0).sum()
+    lines = str(tape.check_gradients()).splitlines()
+    assert lines[0] == "4 operations checked, 0 wrong, 0 not checked"
+    assert lines[2:] == ["checked in float32 instead of float64: 2 (int4_linear)"]
+
+
+@pytest.mark.parametrize(
+    ("cast", "args"),
+    [("double", ()), ("half", ()), ("bfloat16", ()), ("type", (torch.float64,)), ("type_as", (DOUBLE,))],
+)
+def test_casts_are_not_checked(cast, args):
     x = torch.ones(2, requires_grad=True)
     with Tape() as tape:
-        getattr(x, cast)().float().sum()
+        getattr(x, cast)(*args).float().sum()
     assert [check.entry.op for check in tape.check_gradients().skipped] == [cast, "float"]
 
 

@@ -62,6 +62,32 @@ def test_an_output_that_nothing_depends_on_has_gradient_zero():
     assert [g.tolist() for g in arrived.values()] == [[5.0, 5.0]]
 
 
+def test_gradients_of_outputs_are_on_their_device():
+    x = torch.ones(2, device="meta", requires_grad=True)
+    y, _ = Pair.apply(x)
+    arrived = walk({edge_of(y): torch.ones(2, device="meta")}, set())
+    assert [g.device.type for g in arrived.values()] == ["meta"]
+
+
+class Silent(torch.autograd.Function):
+    """x y, which gives no gradient for y."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(y)
+        return x * y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * ctx.saved_tensors[0], None
+
+
+def test_a_gradient_that_a_function_leaves_out_does_not_arrive():
+    x, y = torch.ones(2, requires_grad=True), torch.full((2,), 3.0, requires_grad=True)
+    arrived = walk({edge_of(Silent.apply(x, y)): torch.ones(2)}, set())
+    assert {edge: g.tolist() for edge, g in arrived.items()} == {edge_of(x): [3.0, 3.0]}
+
+
 class Careless(torch.autograd.Function):
     """x + y, whose gradient leaves broadcasting and casts to torch."""
 

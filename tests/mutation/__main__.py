@@ -49,6 +49,7 @@ TESTS = {
         "tests/autograd/test_gradcheck_settings.py",
         "tests/autograd/test_route.py",
         "tests/autograd/test_tape.py",
+        "tests/autograd/test_tape_export.py",
         "tests/autograd/test_tape_text.py",
         "tests/autograd/test_tensor.py",
         "tests/autograd/test_walk.py",
