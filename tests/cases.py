@@ -16,6 +16,7 @@ from entrenar.autograd.ops.int4 import (
 )
 from entrenar.autograd.ops.int4_linear import int4_linear_reference
 from entrenar.autograd.ops.int4_lora_linear import int4_lora_linear_reference
+from entrenar.autograd.ops.packed_attention import packed_attention_reference
 
 ops = torch.ops.entrenar
 
@@ -120,6 +121,49 @@ def loss_gradient_arguments(sample: str, dtype: torch.dtype) -> tuple:
     return logits, target, torch.randn(len(logits)), ignore_index
 
 
+ATTENTION_SIZES = {
+    # batch, heads, heads of keys, queries, keys, columns, columns of values, causal
+    "one": (1, 1, 1, 1, 1, 1, 1, True),
+    "few rows": (2, 2, 1, 3, 5, 8, 6, False),
+    "odd": (1, 3, 3, 71, 71, 33, 17, True),
+    "batch": (3, 4, 2, 66, 130, 64, 64, True),
+    "no rows": (1, 2, 2, 0, 4, 8, 8, False),
+}
+
+
+def attention_arguments(sample: str, dtype: torch.dtype) -> tuple:
+    batch, heads, groups, queries, keys, columns, value_columns, causal = ATTENTION_SIZES[sample]
+    sizes = (heads, queries, columns), (groups, keys, columns), (groups, keys, value_columns)
+    q, k, v = (torch.randn(batch, rows, n, width).to(dtype).transpose(1, 2) for n, rows, width in sizes)
+    return q, k, v, None, 0.3, causal
+
+
+PACKED = {
+    "one": [0, 1],
+    "few rows": [0, 3, 3, 9],
+    "odd": [0, 65, 66, 133],
+    "batch": [0, 64, 128],
+    "no rows": [0, 0],
+}
+
+
+def packed_attention_arguments(sample: str, dtype: torch.dtype) -> tuple:
+    rows = PACKED[sample][-1]
+    q, k, v = (torch.randn(1, heads, rows, 24).to(dtype) for heads in (4, 2, 2))
+    return q, k, v, torch.tensor(PACKED[sample]), 0.3, sample != "batch"
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, ...]:
+    if offsets is not None:
+        return (packed_attention_reference(q, k, v, offsets, is_causal=causal, scale=scale),)
+    y = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), is_causal=causal, scale=scale, enable_gqa=True
+    )
+    return (y.to(q.dtype),)
+
+
 CASES = {
     "cross_entropy_losses": Case(
         ops.cross_entropy_losses.default, cross_entropy_losses_reference, losses_arguments, (*SIZES, *STRIDED)
@@ -156,4 +200,6 @@ CASES = {
         (*SIZES, *STRIDED),
         linear_in=(0, 4, 5, 8),
     ),
+    "attention": Case(ops.attention.default, attention_reference, attention_arguments, tuple(ATTENTION_SIZES)),
+    "packed attention": Case(ops.attention.default, attention_reference, packed_attention_arguments, tuple(PACKED)),
 }

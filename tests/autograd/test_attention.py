@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
+from attention_rounding import check_rounding, tokens_seen
 from float64 import check_against_float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from entrenar.autograd.ops import attention, scaled_dot_product_attention
+from entrenar.autograd.ops._attention_kernel import has_kernel
 
 # Its package has the function under the same name.
 module = importlib.import_module("entrenar.autograd.ops.attention")
@@ -46,6 +49,18 @@ def without_dropout(dtype):
     return [sample for sample in samples(TWIN, dtype) if not sample.kwargs["dropout_p"]]
 
 
+def check_sample(sample, factor):
+    """Against float64; where the kernel rounds inside of sums, which it does for bfloat16, by those roundings."""
+    (key, value), settings = sample.args[:2], sample.kwargs
+    masked = len(sample.args) > 2 or settings.get("attn_mask") is not None
+    gqa = settings.get("enable_gqa", False)
+    if sample.input.dtype is not torch.bfloat16 or masked or not has_kernel(sample.input, key, value, gqa):
+        return check_against_float64(attention, torch_attention, sample, factor)
+    scale = settings.get("scale") or 1 / math.sqrt(sample.input.shape[-1])
+    seen = tokens_seen(sample.input.shape[-2], key.shape[-2], settings.get("is_causal", False))
+    return check_rounding(lambda *args: attention(*args, **settings), sample.input, key, value, seen, scale)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 2)
@@ -63,7 +78,7 @@ def test_both_names_are_the_same():
 def test_equals_torch_on_its_samples(dtype, small_blocks):
     for sample in without_dropout(dtype):
         factor = SCORES_UP_TO_230 if dtype in (torch.float64, torch.float32) else 2
-        check_against_float64(attention, torch_attention, sample, factor)
+        check_sample(sample, factor)
 
 
 def test_equals_torchs_fused_kernel_in_float64():
@@ -149,7 +164,7 @@ def calls(draw):
 def test_any_shape(sample):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK", 3)
-        check_against_float64(attention, torch_attention, sample, factor=4)
+        check_sample(sample, factor=4)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
@@ -221,7 +236,7 @@ def test_no_square_matrix_is_kept_or_made(kind):
     heads = 2
 
     def largest(length):
-        args = [leaf(heads, length, 4, dtype=torch.float32) for _ in range(3)]
+        args = [leaf(heads, length, 4, dtype=torch.float16) for _ in range(3)]
         settings = {
             "plain": {},
             "causal": {"is_causal": True},
@@ -242,6 +257,210 @@ def test_no_square_matrix_is_kept_or_made(kind):
 
     assert largest(1024) <= 4 * heads * 1024 * module.BLOCK
     assert largest(2048) <= 2 * largest(1024)
+
+
+@pytest.mark.parametrize("settings", [{}, {"is_causal": True}, {"enable_gqa": True}])
+def test_the_kernel_keeps_its_output_and_one_number_for_each_query(settings):
+    args = [leaf(2, 1024, 4, dtype=torch.float32) for _ in range(3)]
+    kept = []
+    with LargestAllocation(args) as mode:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = attention(*args, **settings)
+        torch.autograd.grad(y.sum(), args)
+    given = {t.untyped_storage().data_ptr() for t in args}
+    own = {t.untyped_storage().data_ptr(): t.numel() for t in kept if t.untyped_storage().data_ptr() not in given}
+    assert sorted(own.values()) == [2 * 1024, y.numel()]
+    assert mode.largest == args[0].untyped_storage().nbytes()
+
+
+KERNEL_SIZES = {
+    # batch, heads, heads of keys, queries, keys, columns, columns of values
+    "one": (1, 1, 1, 1, 1, 1, 1),
+    "a block": (2, 2, 2, 64, 64, 64, 64),
+    "shared heads": (2, 6, 2, 70, 70, 64, 64),
+    "odd": (1, 3, 3, 131, 131, 33, 17),
+    "more keys": (2, 4, 1, 63, 200, 80, 72),
+    "more queries": (1, 2, 1, 200, 65, 32, 96),
+    "few of both": (1, 2, 2, 5, 7, 6, 100),
+    "widest": (1, 1, 1, 66, 67, 256, 256),
+    "one query": (3, 2, 1, 1, 129, 64, 64),
+    "no columns": (1, 2, 1, 3, 5, 0, 4),
+}
+
+
+def kernel_arguments(batch, heads, groups, queries, keys, columns, value_columns, dtype):
+    """Projections: in memory the heads of a token lie side by side."""
+    sizes = (heads, queries, columns), (groups, keys, columns), (groups, keys, value_columns)
+    return [torch.randn(batch, rows, n, width).to(dtype).transpose(1, 2) for n, rows, width in sizes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("size", KERNEL_SIZES)
+@pytest.mark.usefixtures("poisoned")
+def test_kernel_is_as_near_to_float64_as_its_roundings_allow(size, causal, dtype, cpu_level):
+    args = kernel_arguments(*KERNEL_SIZES[size], dtype)
+    seen = tokens_seen(args[0].shape[-2], args[1].shape[-2], causal)
+    scale = 1 / math.sqrt(max(args[0].shape[-1], 1))
+    check_rounding(lambda *args: attention(*args, is_causal=causal, enable_gqa=True), *args, seen, scale)
+
+
+@given(
+    st.tuples(*(st.integers(1, n) for n in (2, 2, 3, 150, 150, 70, 70))),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=60, deadline=None)
+def test_kernel_at_any_size(sizes, causal, contiguous, dtype):
+    batch, groups, shared, *rest = sizes
+    torch.manual_seed(sum(sizes))
+    args = kernel_arguments(batch, groups * shared, groups, *rest, dtype)
+    if contiguous:
+        args = [x.contiguous() for x in args]
+    seen = tokens_seen(*rest[:2], causal)
+    check_rounding(lambda *args: attention(*args, is_causal=causal, enable_gqa=True, scale=0.2), *args, seen, 0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [(4, 3, 1, 300, 300, 64, 64), (1, 1, 1, 500, 500, 40, 40)])
+def test_kernel_does_not_depend_on_threads(sizes, dtype, cpu_level):
+    args = [x.requires_grad_() for x in kernel_arguments(*sizes, dtype)]
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        y = attention(*args, is_causal=True, enable_gqa=True)
+        results.append((y, *torch.autograd.grad(y, args, torch.ones_like(y))))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_kernel_needs_no_copy_between_projections():
+    y = attention(*kernel_arguments(2, 4, 2, 5, 5, 8, 8, torch.float32), enable_gqa=True)
+    assert y.transpose(1, 2).reshape(2, 5, -1).data_ptr() == y.data_ptr()
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_what_is_not_finite_stays_with_those_who_see_it(bad, dtype, cpu_level):
+    query, key, value = kernel_arguments(1, 1, 1, 140, 140, 16, 16, dtype)
+    key[0, 0, 130] = bad
+    y = attention(query, key, value, is_causal=True)
+    seen = y[0, 0, 130:].isfinite().all(-1)
+    assert y[0, 0, :130].isfinite().all()
+    # A score of -infinity is no more than a key that is not seen.
+    expected = torch_attention(query.double(), key.double(), value.double(), is_causal=True)[0, 0, 130:]
+    assert torch.equal(seen, expected.isfinite().all(-1))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_far_apart_neither_overflow_nor_vanish(causal, cpu_level):
+    query, key, value = kernel_arguments(1, 1, 1, 130, 130, 16, 16, torch.float32)
+    key = key * torch.linspace(-300, 300, 130)[:, None]
+    y = attention(query, key, value, is_causal=causal)
+    expected = torch_attention(query.double(), key.double(), value.double(), is_causal=causal)
+    # A score of 5000 is off by some of its units of 2^-11, and so is the logarithm of its probability.
+    torch.testing.assert_close(y.double(), expected, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 70), (70, 0), (0, 0)])
+@pytest.mark.usefixtures("poisoned")
+def test_kernel_with_nothing_to_attend(queries, keys, cpu_level):
+    args = [x.requires_grad_() for x in kernel_arguments(2, 2, 1, queries, keys, 8, 4, torch.bfloat16)]
+    y = attention(*args, enable_gqa=True)
+    assert y.shape == (2, 2, queries, 4)
+    assert not y.any()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(y, args, torch.ones_like(y)))
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 2, 3)])
+def test_kernel_takes_any_number_of_leading_dimensions(lead):
+    query, key = torch.randn(*lead, 5, 6), torch.randn(*lead, 6, 7).mT  # the columns of key are apart
+    value = torch.randn(*lead, 7, 9)[..., 1:]
+    check_rounding(attention, query, key, value, torch.ones(5, 7, dtype=torch.bool), 1 / math.sqrt(6))
+
+
+def test_second_derivative_through_the_kernel():
+    args = [x.requires_grad_() for x in kernel_arguments(1, 2, 1, 7, 7, 4, 4, torch.float32)]
+
+    def second(op, args):
+        y = op(*args, is_causal=True, enable_gqa=True)
+        gradients = torch.autograd.grad(y.square().sum(), args, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), args)
+
+    wide = [x.detach().double().requires_grad_() for x in args]
+    for actual, expected in zip(second(attention, args), second(torch_attention, wide), strict=True):
+        torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_kernel_under_vmap():
+    args = [torch.randn(3, 2, 2, 9, 8), torch.randn(2, 3, 1, 9, 8), torch.randn(2, 1, 9, 8)]
+    in_dims = (0, 1, None)
+
+    def attend(*args):
+        return attention(*args, is_causal=True, enable_gqa=True)
+
+    def gradients(*args):
+        return torch.func.grad(lambda *args: attend(*args).sin().sum(), (0, 1, 2))(*args)
+
+    for function in (attend, gradients):
+        mapped = torch.func.vmap(function, in_dims)(*args)
+        singles = [function(args[0][i], args[1][:, i], args[2]) for i in range(3)]
+        expected = torch.stack(singles) if function is attend else tuple(map(torch.stack, zip(*singles, strict=True)))
+        torch.testing.assert_close(mapped, expected)
+
+
+def test_kernels_backward_under_vmap():
+    args = [torch.randn(2, 2, 9, 8, requires_grad=True) for _ in range(3)]
+    y = attention(*args)
+    dys = torch.randn(3, *y.shape)
+    mapped = torch.func.vmap(lambda dy: torch.autograd.grad(y, args, dy, retain_graph=True))(dys)
+    for i, dy in enumerate(dys):
+        for a, b in zip(mapped, torch.autograd.grad(y, args, dy, retain_graph=True), strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+def valid(**changed):
+    q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 5)
+    return {"q": q, "k": k, "v": v, "offsets": None, "scale": 0.5, "causal": True, **changed}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"q": torch.randn(4, 6, 8)}, "four dimensions"),
+        ({"q": torch.randn(1, 4, 6, 8).double()}, "q must be float32 or bfloat16"),
+        ({"k": torch.randn(1, 2, 6, 8).bfloat16()}, "k must have the dtype of q"),
+        ({"q": torch.randn(1, 3, 6, 8)}, "a multiple of the heads"),
+        ({"k": torch.randn(1, 2, 6, 7)}, "k must be"),
+        ({"v": torch.randn(1, 2, 7, 5)}, "v must be"),
+        ({"v": torch.randn(1, 2, 6, 257)}, "up to 256 columns"),
+        ({"q": torch.randn(1, 4, 8, 6).mT}, "contiguous columns"),
+        ({"offsets": torch.tensor([0, 6]).int()}, "vector of int64"),
+        ({"offsets": torch.tensor([0, 5])}, "begin with 0 and end"),
+        ({"offsets": torch.tensor([0, 7, 6])}, "must not decrease"),
+        ({"offsets": torch.tensor([0, -1, 6])}, "must not decrease"),
+    ],
+)
+def test_the_kernel_refuses_what_it_cannot_read(changed, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.entrenar.attention(**valid(**changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"d_o": torch.randn(1, 4, 6, 4)}, "d_o must be"),
+        ({"o": torch.randn(1, 4, 5, 5)}, "o must be"),
+        ({"lse": torch.randn(1, 4, 5)}, "lse must be"),
+        ({"lse": torch.randn(1, 4, 6).double()}, "lse must be"),
+    ],
+)
+def test_the_kernels_backward_refuses_what_it_cannot_read(changed, message):
+    arguments = {"d_o": torch.randn(1, 4, 6, 5), "o": torch.randn(1, 4, 6, 5), "lse": torch.randn(1, 4, 6)}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.entrenar.attention_backward(**{**valid(), **arguments, **changed})
 
 
 @pytest.mark.parametrize(

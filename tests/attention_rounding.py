@@ -1,0 +1,55 @@
+"""How far the attention kernel's results may be from float64: an analysis of its roundings, element by element."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def check_rounding(
+    op: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float
+) -> None:
+    """`op(query, key, value)` and its gradients are as near to float64 as their roundings allow.
+
+    `seen` [T, S] says which queries see which keys. To first order, with u a relative error of each probability P, of
+    the output O in delta = rowsum(dO O), and of dS = P (dP - delta), and A = |dO| |V|ᵀ + rowsum(|dO| |O|):
+    O is off by u (P |V| + |O|), dV by u (Pᵀ |dO| + |dV|), dQ by u (scale (P A) |K| + |dQ|), and dK likewise.
+
+    bfloat16 rounds to 2^-9 and does so twice on each way. float32 rounds every step of a sum to 2^-24; the error of a
+    score, relative to the magnitudes that are summed in it, becomes one of its probability. Below 2^-126 all is lost.
+    """
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    output = op(*leaves)
+    d_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+    results = [output, *torch.autograd.grad(output, leaves, d_output)]
+
+    shared = query.shape[-3] // key.shape[-3] if query.dim() > 2 else 1
+    q, k, v, dy = (x.detach().double() for x in (query, key, value, d_output))
+    if shared > 1:
+        k, v = k.repeat_interleave(shared, -3), v.repeat_interleave(shared, -3)
+    p = (scale * (q @ k.mT)).masked_fill(~seen, -math.inf).softmax(-1).nan_to_num()  # a query may see nothing
+    o, dp = p @ v, dy @ v.mT
+    ds = p * (dp - (dy * o).sum(-1, keepdim=True))
+    noise = p * (dy.abs() @ v.abs().mT + (dy * o).abs().sum(-1, keepdim=True))
+    expected = [o, scale * ds @ k, scale * ds.mT @ q, p.mT @ dy]
+    spread = [p @ v.abs(), scale * noise @ k.abs(), scale * noise.mT @ q.abs(), p.mT @ dy.abs()]
+
+    steps = 8 + sum(key.shape[-2:]) + shared * query.shape[-2]
+    magnitudes = (scale * (q.abs() @ k.abs().mT)).max().item() if p.numel() else 0.0
+    u = 2**-24 * steps * (1 + magnitudes) + (2**-8 if query.dtype == torch.bfloat16 else 0.0)
+    for name, actual, wanted, around in zip(("o", "dq", "dk", "dv"), results, expected, spread, strict=True):
+        if name in ("dk", "dv") and shared > 1:
+            wanted, around = (x.unflatten(-3, (-1, shared)).sum(-3) for x in (wanted, around))
+        assert actual.shape == wanted.shape
+        assert actual.dtype == query.dtype
+        excess = (actual.double() - wanted).abs() - u * (around + wanted.abs()) - 2**-126
+        assert not actual.isnan().any(), name
+        assert (excess <= 0).all(), f"{name} is off by {excess.max():.3g} more than its roundings"
+
+
+def tokens_seen(queries: int, keys: int, causal: bool) -> Tensor:
+    seen = torch.ones(queries, keys, dtype=torch.bool)
+    return seen.tril() if causal else seen
