@@ -20,8 +20,8 @@ from benchmarks.harness import interleaved, print_table, ratio, refuse_if_red, w
 from entrenar.autograd import ops
 
 TESTS = ("tests/autograd",)
-BATCH, TOKENS, WIDTH, INNER, HEADS, KV_HEADS, HEAD = 4, 256, 576, 1536, 9, 3, 64
 EPS = 1e-5
+BATCH, TOKENS, WIDTH, INNER, HEADS, KV_HEADS, HEAD, CLASSES = 4, 256, 576, 1536, 9, 3, 64, 49152
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -44,6 +44,8 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], Callable[..
     cos, sin = (torch.randn(1, 1, TOKENS, HEAD, dtype=dtype) for _ in range(2))
     matrix = torch.randn(INNER, WIDTH, dtype=dtype)
     scores = torch.randn(BATCH, HEADS, TOKENS, TOKENS, dtype=dtype)
+    rows, head = x.flatten(0, 1), torch.randn(CLASSES, WIDTH, dtype=dtype) / WIDTH**0.5
+    logits, target = torch.randn(BATCH * TOKENS, CLASSES, dtype=dtype), torch.randint(CLASSES, (BATCH * TOKENS,))
     causal = {"is_causal": True, "enable_gqa": True}
     return {
         "add": (ops.add, torch.add, (x, y)),
@@ -77,6 +79,12 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], Callable[..
             lambda q, k, v: ops.attention(q, k, v, **causal),
             lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **causal),
             (q, k, v),
+        ),
+        "cross_entropy": (lambda x: ops.cross_entropy(x, target), lambda x: F.cross_entropy(x, target), (logits,)),
+        "linear_cross_entropy, frozen weight": (
+            lambda x: ops.linear_cross_entropy(x, head, target),
+            lambda x: F.cross_entropy(F.linear(x, head).float(), target),
+            (rows,),
         ),
     }
 

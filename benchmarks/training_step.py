@@ -1,7 +1,7 @@
 """Whole QLoRA training steps of language models: this package, and PEFT + bitsandbytes NF4 under bf16 autocast.
 
 Rank 16 on all linear layers, loss on every token, gradient clipping, AdamW (the peer's is torch's fused one). Both
-load the same bfloat16 checkpoint. Each run has a process of its own; the sides take turns. Each runs as it is installed,
+load the same bfloat16 checkpoint. Each run has a process of its own; the sides take turns. Each is as it is installed,
 and with malloc told to keep freed memory, which `entrenar finetune` does for itself. Peaks are the process's resident
 set: over its whole life (loading included), and from the first step on.
 """

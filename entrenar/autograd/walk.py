@@ -61,8 +61,9 @@ def _run(node: Any, gradients: Gradients) -> Gradients:
         outputs = [_zeros(meta) if g is None else g for g, meta in zip(outputs, node._input_metadata, strict=True)]
         results = node.apply(*outputs)
         results = results if isinstance(results, tuple) else (results,)
-        # The arguments of the forward that are no tensors have a result, but no edge.
-        results = [g for g, needed in zip(results, node.needs_input_grad, strict=True) if needed]
+        # The arguments of the forward that are no tensors have a result, but no edge. For those that were left out as
+        # they have their defaults, there may be results too many.
+        results = [g for g, needed in zip(results, node.needs_input_grad, strict=False) if needed]
         edges = [edge for edge in node.next_functions if edge[0] is not None]
     else:
         results = node(*outputs)

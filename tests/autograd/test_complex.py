@@ -49,6 +49,8 @@ CALLS = {
     "scaled_dot_product_attention": ((IMAGES, IMAGES, IMAGES), {}),
     "rotary_embedding": ((X, X, X), {}),
     "swiglu": ((X, X), {}),
+    "add_rms_norm": ((X, X, ROW), {}),
+    "packed_attention": ((IMAGES[0], IMAGES[0], IMAGES[0], torch.tensor([0, 2])), {}),
 }
 
 
@@ -87,6 +89,8 @@ def test_every_operation_is_tried():
         "mse",
         "cpu_level",
         "set_cpu_level",
+        "linear_cross_entropy",
+        "head_cross_entropy",
         *(name for name in ops.__all__ if name.startswith("int4")),
     }
     assert CALLS.keys() == {*ops.__all__} - others

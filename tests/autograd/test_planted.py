@@ -49,6 +49,7 @@ CASES = {
     "TanhFunction": (ops.tanh, X),
     "SoftmaxFunction": (lambda x: ops.softmax(x, -1), X),
     "LogSoftmaxFunction": (lambda x: ops.log_softmax(x, -1), X),
+    "HeadCrossEntropyFunction": (lambda x: ops.head_cross_entropy(torch.nn.Tanh(), x, CLASSES, 3), X),
     "CrossEntropyFunction": (lambda x: ops.cross_entropy(x, CLASSES), X),
     "ProbabilityCrossEntropyFunction": (lambda x, p: ops.cross_entropy(x, p), BOTH),
     "MSELossFunction": (ops.mse_loss, BOTH),
@@ -60,13 +61,16 @@ CASES = {
     "RotaryEmbeddingFunction": (ops.rotary_embedding, [QKV[0], QKV[1][0, 0], QKV[2][0, 0]]),
     "SwiGLUFunction": (ops.swiglu, BOTH),
 }
-# The ops with kernels of our own are linear in each input: any step will do, and float32 is what they have.
+# The operators of our own, whose gradient torch keeps. Those with int4 weights are linear in each input: any step will
+# do, and float32 is what they have.
+LINEAR = {"eps": 0.5, "threshold": 1e-3, "dtype": torch.float32}
 PACKED = ops.int4_quantize(torch.linspace(-1, 1, 40).view(4, 10))
 KERNEL_CASES = {
-    "Int4LinearFunction": (lambda x: ops.int4_linear(x, *PACKED), torch.linspace(-1, 1, 20).view(2, 10)),
+    "Int4LinearFunction": (lambda x: ops.int4_linear(x, *PACKED), torch.linspace(-1, 1, 20).view(2, 10), LINEAR),
     "Int4LinearDxFunction": (
         lambda dy: torch.ops.entrenar.int4_linear_dx(dy, *PACKED, 10, 64),
         torch.linspace(-1, 1, 8).view(2, 4),
+        LINEAR,
     ),
     "Int4LoRALinearFunction": (
         lambda x, a, b: ops.int4_lora_linear(x, *PACKED, None, a, b, 0.5),
@@ -75,6 +79,31 @@ KERNEL_CASES = {
             torch.linspace(0, 1, 20).view(2, 10),
             torch.linspace(1, 2, 8).view(4, 2),
         ],
+        LINEAR,
+    ),
+    "Int4LoRALinearsFunction": (
+        lambda x, a, b: torch.cat(ops.int4_lora_linears(x, *([each] * 2 for each in (*PACKED, None, a, b)), 0.5)),
+        [
+            torch.linspace(-1, 1, 20).view(2, 10),
+            torch.linspace(0, 1, 20).view(2, 10),
+            torch.linspace(1, 2, 8).view(4, 2),
+        ],
+        LINEAR,
+    ),
+    "LinearCrossEntropyFunction": (
+        lambda x, w: ops.linear_cross_entropy(x, w, CLASSES),
+        [X, POSITIVE.repeat(2, 1)],
+        {},
+    ),
+}
+
+
+# The Functions that stand for a kernel alone, which knows no float64.
+FLOAT32_CASES = {
+    "PackedAttentionFunction": (
+        lambda q, k, v: ops.packed_attention(q, k, v, torch.tensor([0, 1, 3])),
+        QKV,
+        {"eps": 1e-2, "threshold": 2e-3, "dtype": torch.float32},
     ),
 }
 
@@ -91,13 +120,13 @@ def spoil(gradient):
 
 
 def test_every_operation_has_a_case():
-    assert functions().keys() == {*CASES, *KERNEL_CASES}
+    assert functions().keys() == {*CASES, *KERNEL_CASES, *FLOAT32_CASES}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *FLOAT32_CASES])
 def test_planted_error_is_caught(name, monkeypatch):
-    fn, inputs = CASES[name]
-    report = check_gradient(fn, inputs)
+    fn, inputs, settings = FLOAT32_CASES[name] if name in FLOAT32_CASES else (*CASES[name], {})
+    report = check_gradient(fn, inputs, **settings)
     assert report.ok
     function = functions()[name]
     right = function.backward
@@ -109,13 +138,12 @@ def test_planted_error_is_caught(name, monkeypatch):
 
     monkeypatch.setattr(function, "backward", wrong)
     with pytest.raises(GradientError, match=r"the gradient is wrong at input \d"):
-        check_gradient(fn, inputs)
+        check_gradient(fn, inputs, **settings)
 
 
 @pytest.mark.parametrize("name", KERNEL_CASES)
 def test_planted_error_of_a_kernel_op_is_caught(name):
-    fn, inputs = KERNEL_CASES[name]
-    settings = {"eps": 0.5, "threshold": 1e-3, "dtype": torch.float32}
+    fn, inputs, settings = KERNEL_CASES[name]
     assert check_gradient(fn, inputs, **settings).ok
 
     class Spoiled(torch.autograd.Function):

@@ -21,7 +21,7 @@ def llama() -> LlamaForCausalLM:
         vocab_size=100,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    wrap(model, rank=4)
+    wrap(model, rank=4, fuse=False)
     for layer in model.modules():
         if isinstance(layer, LoRALayer):
             nn.init.normal_(layer.lora_B, std=0.1)

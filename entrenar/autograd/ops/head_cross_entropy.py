@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from entrenar.autograd.ops._cross_entropy import losses_of, reduce, refuse_no_class, turn_into_gradient
+from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops.linear_cross_entropy import (
     check_rows,
     chunks,
@@ -22,6 +23,8 @@ def head_cross_entropy(
     head: nn.Module, input: Tensor, target: Tensor, classes: int, *, reduction: str = "mean", ignore_index: int = -100
 ) -> Tensor:
     """The cross entropy of the logits head(input), of which at most 64 MiB (or one row) exist at a time.
+
+    That is, beside what the head itself allocates, and with logits of input's dtype.
 
     Args:
         head: maps [1, n, K] to logits [1, n, classes], each row by itself.
@@ -97,7 +100,7 @@ def _losses_and_gradients(
     return losses, [*torch.autograd.grad(logits, leaves, values, materialize_grads=True)]
 
 
-class HeadCrossEntropyFunction(torch.autograd.Function):
+class HeadCrossEntropyFunction(Function):
     """y = CE(head(x), target), and with it dy/dx and dy/dp for each of the head's trainable parameters."""
 
     @staticmethod
