@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from entrenar.lora.replace import replace_modules
 
 TOKENS = 5
 """Positions of the random input on which two modules are compared."""
+
+Kind: TypeAlias = type[FusedAttention] | type[FusedMLP] | type[FusedRMSNorm]
 
 
 @dataclass
@@ -58,7 +60,7 @@ def fuse(model: nn.Module) -> FusionReport:
             if has_hooks(module):
                 raise NotFusableError("has hooks")
             new = kind.of(module).train(module.training)
-            probes.require_same(module, new)
+            probes.require_same(module, kind)
         except NotFusableError as reason:
             report.kept[name] = str(reason)
         else:
@@ -68,7 +70,7 @@ def fuse(model: nn.Module) -> FusionReport:
     return report
 
 
-def _kind(module: nn.Module) -> type[FusedAttention | FusedMLP | FusedRMSNorm] | None:
+def _kind(module: nn.Module) -> Kind | None:
     """The fused class that `module` could be replaced by, from its outside."""
     if isinstance(module, (FusedAttention, FusedMLP, FusedRMSNorm)):
         return None
@@ -90,16 +92,16 @@ class _Probes:
         rotary = [m for m in model.modules() if "inv_freq" in m._buffers]
         self.rotary = rotary[0] if len(rotary) == 1 else None
 
-    def require_same(self, original: nn.Module, new: nn.Module) -> None:
-        """Raise NotFusableError where the two differ."""
-        call: Call = self._attend if isinstance(new, FusedAttention) else _apply
-        x = torch.randn(2, TOKENS, self._width(new), generator=torch.Generator().manual_seed(0))
+    def require_same(self, original: nn.Module, kind: Kind) -> None:
+        """Raise NotFusableError where the fused module differs."""
+        call: Call = self._attend if kind is FusedAttention else _apply
+        x = torch.randn(2, TOKENS, self._width(kind.of(original)), generator=torch.Generator().manual_seed(0))
         try:
-            found = difference(original, new, call, x.to(self.device, self.dtype))
+            found = difference(original, kind.of, call, x.to(self.device, self.dtype))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise NotFusableError(f"cannot be compared: {error}") from error
         if found:
-            raise NotFusableError(f"computes something else: {found}")
+            raise NotFusableError(found)
 
     @staticmethod
     def _width(new: nn.Module) -> int:
