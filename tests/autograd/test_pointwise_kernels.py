@@ -170,9 +170,10 @@ def results(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def check(kernel: Kernel, inputs: list[Tensor]) -> None:
+def check(kernel: Kernel, inputs: list[Tensor], terms: float = 1) -> None:
     """The kernel's results are those of float64, but for float32 arithmetic and one rounding.
 
+    `terms` is how much larger than the largest result the terms may be that cancel in it.
     add_rms_norm rounds its sum before it normalizes it: the second result is compared for the sum as it is.
     """
     actual = results(kernel.call(*inputs))
@@ -183,7 +184,7 @@ def check(kernel: Kernel, inputs: list[Tensor]) -> None:
         assert (a.shape, a.dtype) == (e.shape, inputs[0].dtype)
         if e.numel():
             error = (a.double() - e).abs() - ROUNDING[a.dtype] * e.abs()
-            assert error.max() <= BEFORE * e.abs().max().clamp(min=1), f"off by {error.max():.3g}"
+            assert error.max() <= terms * BEFORE * e.abs().max().clamp(min=1), f"off by {error.max():.3g}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -208,7 +209,7 @@ def restrided(x: Tensor, strides: str) -> Tensor:
 
 
 @given(
-    st.sampled_from(list(KERNELS.values())),
+    st.sampled_from(list(KERNELS)),
     st.lists(st.integers(0, 5), max_size=3),
     st.integers(0, 80),
     st.sampled_from(["transposed", "sliced", "stepped", "expanded"]),
@@ -216,13 +217,15 @@ def restrided(x: Tensor, strides: str) -> Tensor:
     st.integers(0, 2**32),
 )
 @settings(max_examples=200, deadline=None)
-def test_any_shape_and_strides(kernel, lead, columns, strides, dtype, seed):
+def test_any_shape_and_strides(name, lead, columns, strides, dtype, seed):
     torch.manual_seed(seed)
+    kernel = KERNELS[name]
     inputs = arguments(kernel, tuple(lead), columns, dtype)
     for i, x in enumerate(inputs):
         if x.shape == inputs[0].shape or kernel.even:
             inputs[i] = restrided(x, strides)
-    check(kernel, inputs)
+    # Rows of few columns may be nearly constant: dx is 0 then, of terms as large as 1 / sqrt(eps).
+    check(kernel, inputs, 32 if "norm_backward" in name else 1)
 
 
 @pytest.mark.parametrize("kernel", PARAMS)

@@ -130,7 +130,7 @@ struct Kernels {
   void (*swiglu_backward)(Dtype dtype, int64_t begin, int64_t end, const void* dy, const void* gate, const void* up,
                           void* dgate, void* dup);
 
-  // Rows [row_begin, row_end). Sums over these rows go to dw and db, if they are not null: `sums_stride(columns)` floats.
+  // Rows [row_begin, row_end). Sums over these rows go to dw and db, `sums_stride(columns)` floats, where not null.
   void (*rms_norm)(const RMSNorm* n, int64_t row_begin, int64_t row_end);
   void (*rms_norm_backward)(const NormBackward* n, int64_t row_begin, int64_t row_end, float* dw);
   void (*layer_norm_backward)(const NormBackward* n, int64_t row_begin, int64_t row_end, float* dw, float* db);
