@@ -59,7 +59,7 @@ CASES = {
     "RotaryEmbeddingFunction": (ops.rotary_embedding, [QKV[0], QKV[1][0, 0], QKV[2][0, 0]]),
     "SwiGLUFunction": (ops.swiglu, BOTH),
 }
-# The ops with kernels of our own are linear in each input: any step will do, and float32 is what they have.
+# The ops with kernels of our own are linear in these inputs: any step will do, and float32 is what they have.
 PACKED = ops.int4_quantize(torch.linspace(-1, 1, 40).view(4, 10))
 KERNEL_CASES = {
     "Int4LinearFunction": (lambda x: ops.int4_linear(x, *PACKED), torch.linspace(-1, 1, 20).view(2, 10)),
@@ -75,6 +75,7 @@ KERNEL_CASES = {
             torch.linspace(1, 2, 8).view(4, 2),
         ],
     ),
+    "PackedAttentionFunction": (lambda v: ops.packed_attention(*QKV[:2], v, torch.tensor([0, 1, 3])), QKV[2]),
 }
 
 
