@@ -219,9 +219,9 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {o, lse};
 }
 
-// Sums of dk and dv: [group][part][tile of a sequence], of float32. The queries of a sequence are dealt out to parts,
-// whose number depends on sizes alone, so that the result does not depend on the number of threads.
-constexpr int64_t kFewestTasks = 16;
+// Where there are few heads, their blocks of queries are dealt out to parts, each with its own sums of dk and dv. How
+// many depends on sizes alone, so that the result does not depend on the number of threads.
+constexpr int64_t kTasks = 8;
 constexpr int64_t kMostPartFloats = int64_t{1} << 26;
 
 int64_t padded(int64_t columns) { return ceil_div(columns, kAttentionBlock) * kAttentionBlock; }
@@ -229,7 +229,7 @@ int64_t padded(int64_t columns) { return ceil_div(columns, kAttentionBlock) * kA
 int64_t parts_of(const Problem& p, int64_t tile_floats) {
   const int64_t tasks = std::max<int64_t>(1, p.sequences.size() * p.groups);
   const int64_t floats = std::max<int64_t>(1, p.groups * p.head_tiles() * tile_floats);
-  return std::max<int64_t>(1, std::min(kFewestTasks / tasks, kMostPartFloats / floats));
+  return std::max<int64_t>(1, std::min(kTasks / tasks, kMostPartFloats / floats));
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k,
@@ -282,13 +282,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, const T
   });
   for_each(items_of(p, [](const Sequence& s) { return s.tiles(); }), [&](const Item& item) {
     const Sequence& s = *item.sequence;
-    const float* part = part_of(s, item.group, 0);
+    const float* from_dk = part_of(s, item.group, 0) + item.index * dk_tile;
+    const float* from_dv = part_of(s, item.group, 0) + s.tiles() * dk_tile + item.index * dv_tile;
     const int64_t first = item.index * kAttentionBlock, stride = head_tiles * tile_floats;
     const int64_t keys = std::min(kAttentionBlock, s.keys - first);
-    kernels().attention_sum(part + item.index * dk_tile, parts, stride, p.kind.scale, p.kind.dtype, keys, p.kind.columns,
+    kernels().attention_sum(from_dk, parts, stride, p.kind.scale, p.kind.dtype, keys, p.kind.columns,
                             to_dk.rows(s.batch, item.group, s.key + first));
-    kernels().attention_sum(part + s.tiles() * dk_tile + item.index * dv_tile, parts, stride, 1.0f, p.kind.dtype, keys,
-                            p.kind.value_columns, to_dv.rows(s.batch, item.group, s.key + first));
+    kernels().attention_sum(from_dv, parts, stride, 1.0f, p.kind.dtype, keys, p.kind.value_columns,
+                            to_dv.rows(s.batch, item.group, s.key + first));
   });
   return {dq, dk, dv};
 }

@@ -1,6 +1,6 @@
 // Attention of a block of queries to the keys of its sequence, a tile of keys at a time. As in Dao et al.,
-// FlashAttention, https://arxiv.org/abs/2205.14135, the softmax is rescaled from tile to tile, and the backward computes
-// the probabilities anew from the logarithm of their sum.
+// FlashAttention, https://arxiv.org/abs/2205.14135, the softmax is rescaled from tile to tile, and the backward
+// computes the probabilities anew from the logarithm of their sum.
 //
 // Queries lie in the lanes: the scores [key][query] are a product of keys, whose units are broadcast, with transposed
 // queries, and the softmax goes lane by lane.
@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int kBlockVectors = kBlock / kLanes;
-constexpr int kDiagonalStep = kBlock / 2;  // on the diagonal, keys and queries of whole steps that do not meet are left out
+constexpr int kDiagonalStep = kBlock / 2;  // on the diagonal, a step of keys leaves out the steps of earlier queries
 
 // How probabilities become operands of the next products.
 template <bool kPairs>
