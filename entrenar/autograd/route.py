@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +19,24 @@ Function = Callable[..., Any]
 def route(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function | None:
     """The operation of ours that does what `func` does with these arguments, taking them as they are; or None."""
     target = ROUTES.get(func)
-    if target is None or kwargs.get("out") is not None:
+    if target is None or not _takes(target, args, kwargs):
         return None
-    if any(isinstance(x, Tensor) and x.is_complex() for x in args):
+    if any(isinstance(x, complex) or (isinstance(x, Tensor) and x.is_complex()) for x in args):
         return None
     accepts = CONDITIONS.get(target)
     return target if accepts is None or accepts(*args, **kwargs) else None
+
+
+def _takes(target: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `target` has these parameters: torch's functions take more, and some under several names."""
+    try:
+        _signature(target).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def _rsub(input: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
@@ -67,10 +81,6 @@ def _not_in_place(input: Tensor, inplace: bool = False) -> bool:
 
 def _dropout_not_in_place(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
     return not inplace
-
-
-def _plain_dim(input: Tensor, *args: Any, **kwargs: Any) -> bool:
-    return kwargs.keys() <= {"dim", "keepdim", "dtype"}
 
 
 def _plain_embedding(
@@ -164,8 +174,6 @@ CONDITIONS: dict[Function, Callable[..., bool]] = {
     ops.dropout: _dropout_not_in_place,
     _softmax: _has_dim,
     _log_softmax: _has_dim,
-    ops.sum: _plain_dim,
-    ops.mean: _plain_dim,
     ops.embedding: _plain_embedding,
     ops.cross_entropy: _plain_cross_entropy,
     ops.mse_loss: _plain_mse,
