@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 
 from entrenar.checkpoint import load_pretrained, load_tokenizer
+from entrenar.fusion import fuse
 from entrenar.lora.adapter import load_adapter
 from entrenar.lora.wrap import wrap
 from entrenar.malloc import keep_freed_memory
@@ -136,5 +137,6 @@ def _generate(
     network = load_pretrained(model, bits=4)
     if adapter is not None:
         load_adapter(network, adapter)
+    fuse(network)
     generate(network, tokenizer, prompt, max_tokens, on_text=lambda text: print(text, end="", flush=True))
     print()

@@ -24,7 +24,7 @@ def main() -> None:
         loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
     tape.backward(loss)
 
-    first = next(i for i, entry in enumerate(tape.entries) if entry.module.endswith("layers.0.mlp.gate_proj"))
+    first = next(i for i, entry in enumerate(tape.entries) if entry.module.endswith("layers.0.mlp"))
     print("\n".join(str(entry) for entry in tape.entries[first : first + 4]))
     print(f"...\n\n{tape.summary()}\n\nNaN or infinity: {tape.first_nonfinite() or 'nowhere'}\n")
     start = time.perf_counter()

@@ -14,7 +14,7 @@ from entrenar.fusion.mlp import FusedMLP
 from entrenar.fusion.norm import FusedRMSNorm
 from entrenar.fusion.probe import Call, difference
 from entrenar.fusion.structure import NotFusableError
-from entrenar.lora.layers import has_hooks
+from entrenar.lora.layers import LoRALayer, has_hooks
 from entrenar.lora.replace import replace_modules
 
 TOKENS = 5
@@ -86,9 +86,10 @@ class _Probes:
     """Random inputs for the modules of a model, of the dtype in which its hidden states are."""
 
     def __init__(self, model: nn.Module) -> None:
-        floating = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-        self.dtype = floating[0].dtype if floating else torch.float32
-        self.device = floating[0].device if floating else torch.device("cpu")
+        adapters = {id(p) for m in model.modules() if isinstance(m, LoRALayer) for p in m.trainable_parameters()}
+        floating = (p for p in model.parameters() if p.is_floating_point() and id(p) not in adapters)
+        first = next(floating, torch.empty(0))
+        self.dtype, self.device = first.dtype, first.device
         rotary = [m for m in model.modules() if "inv_freq" in m._buffers]
         self.rotary = rotary[0] if len(rotary) == 1 else None
 
