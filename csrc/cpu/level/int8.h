@@ -78,13 +78,13 @@ inline vint multiply_add_bytes(vint total, vuint u, uint32_t q) {
 
 // The nibbles of `depth` columns of a row, each in a byte, in the columns' order.
 inline void load_nibbles(const Weight& w, int64_t row, int64_t q, int64_t depth, uint32_t* out) {
+  typedef uint8_t Bytes __attribute__((vector_size(int4::kGroupBytes)));
   uint8_t* to = (uint8_t*)out;
-  for (int64_t i = 0; i < depth; i += int4::kGroup) {
-    const uint8_t* codes = group_of(w, row, q + i);
-    for (int j = 0; j < int4::kGroupBytes; j++) {
-      to[i + j] = codes[j] & 15;
-      to[i + int4::kGroupBytes + j] = codes[j] >> 4;
-    }
+  const uint8_t* codes = group_of(w, row, q);
+  for (int64_t i = 0; i < depth; i += int4::kGroup, codes += int4::kGroupBytes) {
+    const Bytes pairs = load<Bytes>(codes);
+    store(to + i, (Bytes)(pairs & 15));
+    store(to + i + int4::kGroupBytes, (Bytes)(pairs >> 4));
   }
 }
 
