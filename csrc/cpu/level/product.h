@@ -106,11 +106,11 @@ struct Tile<true> {
     const bool second = q + 1 < w.rows;
     if (w.codes) {
       for (int64_t i = 0; i < count; i += int4::kGroup) {
-        float rows[2][int4::kGroup] = {};
-        decode_group(w, q, c + i, kBFloat16, rows[0]);
-        if (second) decode_group(w, q + 1, c + i, kBFloat16, rows[1]);
+        uint16_t rows[2][int4::kGroup] = {};
+        decode_group(w, q, c + i, rows[0]);
+        if (second) decode_group(w, q + 1, c + i, rows[1]);
         for (int j = 0; j < int4::kGroup; j += kLanes) {
-          store(out + i + j, load<vuint>(rows[0] + j) >> 16 | load<vuint>(rows[1] + j));
+          store(out + i + j, widen(load<vhalfword>(rows[0] + j)) | widen(load<vhalfword>(rows[1] + j)) << 16);
         }
       }
       return;
