@@ -9,6 +9,7 @@ set: over its whole life (loading included), and from the first step on.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -23,9 +24,10 @@ from typing import Any
 
 from benchmarks.harness import ROOT, floor, print_table, refuse_if_red, write
 
-TESTS = ("tests/autograd", "tests/lora", "tests/optim")
+TESTS = ("tests/autograd", "tests/fusion", "tests/lora", "tests/optim")
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 SIDES = {
+    "entrenar, int8 activations": ("ours int8", {}),
     "entrenar": ("ours", {}),
     "PEFT + bitsandbytes": ("peers", {}),
     "entrenar, freed memory kept": ("ours", KEEP_FREED_MEMORY),
@@ -38,7 +40,7 @@ Step = Callable[[Any], float]
 """Takes token ids [batch, length], returns the loss."""
 
 
-def ours(directory: Path) -> tuple[Step, float]:
+def ours(directory: Path, activations: str | None = None) -> tuple[Step, float]:
     """The step, and the seconds that loading and wrapping took."""
     from entrenar.checkpoint import load_pretrained
     from entrenar.lora.wrap import wrap
@@ -47,7 +49,7 @@ def ours(directory: Path) -> tuple[Step, float]:
 
     start = time.perf_counter()
     model = load_pretrained(directory, bits=4)
-    wrap(model, rank=RANK, alpha=ALPHA)
+    wrap(model, rank=RANK, alpha=ALPHA, activations=activations)
     load_seconds = time.perf_counter() - start
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(parameters, lr=LR)
@@ -104,7 +106,8 @@ def run_side(side: str, directory: Path) -> dict[str, Any]:
     from benchmarks.models import load_tokens
 
     tokens = load_tokens(directory)
-    step, load_seconds = {"ours": ours, "peers": peers}[side](directory)
+    sides = {"ours": ours, "ours int8": functools.partial(ours, activations="int8"), "peers": peers}
+    step, load_seconds = sides[side](directory)
     peak_loading = peak_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # restarts VmHWM
     losses, seconds = [], []
@@ -182,7 +185,10 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"workload": ours["workload"], "ratio": f"{ours['side']} / {theirs['side']}"}
         | {key: round(ours[key] / theirs[key], 3) for key in keys}
-        for ours, theirs in zip(rows[::2], rows[1::2], strict=True)
+        for theirs in rows
+        for ours in rows
+        if theirs["side"].startswith("PEFT") and ours["side"].startswith("entrenar")
+        if theirs["workload"] == ours["workload"] and ("freed" in theirs["side"]) == ("freed" in ours["side"])
     ]
 
 
