@@ -1,8 +1,8 @@
 """Products with a 4-bit weight, forward and backward, beside what else there is.
 
-Contenders without an adapter: `int4_linear`; the same weight decoded and then multiplied by torch; torch on the dense
-weight; bitsandbytes' Linear4bit (NF4); torch's `_weight_int4pack_mm_for_cpu`. With an adapter of rank 16:
-`int4_lora_linear`, and the same adapter in plain torch beside the decoded weight and beside Linear4bit.
+Contenders without an adapter: `int4_linear`, and with its input in int8; the same weight decoded and then multiplied by
+torch; torch on the dense weight; bitsandbytes' Linear4bit (NF4); torch's `_weight_int4pack_mm_for_cpu`. With an adapter
+of rank 16: `int4_lora_linear`, and the same adapter in plain torch beside the decoded weight and beside Linear4bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import interleaved, print_table, ratio, refuse_if_red, write
+from benchmarks.harness import floor, interleaved, print_table, ratio, refuse_if_red, write
 from benchmarks.peers import Int4Pack, linear4bit
 from entrenar.autograd.ops import cpu_level, int4_dequantize, int4_linear, int4_lora_linear, int4_quantize
 
@@ -44,6 +44,7 @@ def contenders(size: int, dtype: torch.dtype) -> dict[str, dict[str, Product]]:
     return {
         "linear": {
             "int4_linear": lambda x: int4_linear(x, codes, scales),
+            "int4_linear, int8 activations": lambda x: int4_linear(x, codes, scales, int8=True),
             "int4_dequantize, torch.matmul": lambda x: torch.matmul(x, decode().T),
             "torch dense": lambda x: F.linear(x, dense),
             "bitsandbytes NF4": nf4,
@@ -108,14 +109,16 @@ def measure(size: int, batch_sizes: list[int], rounds: int) -> list[dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=4096, help="K = N")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 512], help="M")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 8, 16, 512], help="M")
     parser.add_argument("--rounds", type=int, default=40)
     arguments = parser.parse_args()
     refuse_if_red(TESTS)
     torch.manual_seed(0)
     rows = measure(arguments.size, arguments.batch_sizes, arguments.rounds)
     print_table(rows)
-    write("int4_linear", {"size": arguments.size, "rank": RANK, "cpu_level": cpu_level(), "rows": rows})
+    write(
+        "int4_linear", {"size": arguments.size, "rank": RANK, "cpu_level": cpu_level(), "rows": rows, "floor": floor()}
+    )
 
 
 if __name__ == "__main__":
