@@ -11,7 +11,7 @@
 namespace entrenar {
 
 const Kernels TABLE(LEVEL) = {
-    kBFloat16Units, quantize, dequantize, to_units, product, product_scratch_bytes, dot, outer,
+    kBFloat16Units, quantize, dequantize, to_units, product, product_scratch_bytes, dot, kMaxDotRows, pack_rows, outer,
 };
 
 }  // namespace entrenar
