@@ -29,11 +29,10 @@ Tensor empty_with_last(const Tensor& a, int64_t last) {
 namespace {
 
 // x as the units that the kernel reads: in place where its memory already is that, else in the workspace.
-Units units_of(const Tensor& x, int64_t rows, int64_t columns, bool pairs, int64_t multiple, Workspace& workspace) {
+Units units_of(const Tensor& x, int64_t rows, int64_t columns, bool pairs, Workspace& workspace) {
   const Dtype dtype = dtype_of(x, "x");
-  const int64_t needed = pairs ? (columns + 1) / 2 : columns;
-  const int64_t stride = (needed + multiple - 1) / multiple * multiple;
-  const bool in_place = stride == needed && (pairs ? columns % 2 == 0 : dtype == kFloat32);
+  const int64_t stride = pairs ? (columns + 1) / 2 : columns;
+  const bool in_place = pairs ? columns % 2 == 0 : dtype == kFloat32;
   if (in_place) return {static_cast<const uint32_t*>(x.const_data_ptr()), stride};
 
   auto* units = static_cast<uint32_t*>(workspace.reserve(rows * stride * sizeof(uint32_t)));
@@ -61,6 +60,18 @@ Int8Rows int8_of(const Tensor& x, int64_t rows, const Weight& w, Workspace& work
     kernels().to_int8(from + begin * row_bytes, dtype, end - begin, w.columns, w.block, &part);
   });
   return out;
+}
+
+// Few rows of x as the units that the dot kernel reads.
+Units packed_rows_of(const Tensor& x, int64_t rows, int64_t columns, bool pairs, Workspace& workspace) {
+  const Dtype dtype = dtype_of(x, "x");
+  const int64_t groups = int4::groups(columns), group_units = pairs ? int4::kGroup / 2 : int4::kGroup;
+  auto* units = static_cast<uint32_t*>(workspace.reserve(groups * group_units * rows * sizeof(uint32_t)));
+  const void* from = x.const_data_ptr();
+  parallel_for(0, groups, std::max<int64_t>(1, 512 / rows), [&](int64_t begin, int64_t end) {
+    kernels().pack_rows(from, dtype, rows, columns, pairs, begin, end, units);
+  });
+  return {units, rows};
 }
 
 // Rows are split first, for then each thread reads its own part of x; a weight is decoded anew for each part of the
@@ -113,8 +124,9 @@ void multiply(const Term* terms, int count, bool transposed, float scale, const 
   }
   if (p.rows == 0 || p.columns == 0) return;
 
-  const bool few = transposed && p.rows <= kMaxDotRows;
-  const bool pairs = !few && p.dtype == kBFloat16 && kernels().bfloat16_units;
+  const Kernels& k = kernels();
+  const bool few = transposed && p.rows <= k.max_dot_rows;
+  const bool bfloat16_units = p.dtype == kBFloat16 && k.bfloat16_units;
   for (int t = 0; t < count; t++) {
     p.w[t] = terms[t].w;
     const int64_t contraction = transposed ? p.w[t].columns : p.w[t].rows;
@@ -125,11 +137,15 @@ void multiply(const Term* terms, int count, bool transposed, float scale, const 
       p.int8 = int8_of(terms[t].x, p.rows, p.w[t], units[t]);
       continue;
     }
-    p.x[t] = units_of(terms[t].x, p.rows, contraction, pairs, few ? int4::kGroup : 1, units[t]);
+    p.x[t] = few ? packed_rows_of(terms[t].x, p.rows, contraction, bfloat16_units && p.w[t].codes, units[t])
+                 : units_of(terms[t].x, p.rows, contraction, bfloat16_units, units[t]);
   }
   if (few) {
-    const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, p.w[0].columns));
-    parallel_for(0, p.columns, grain, [&](int64_t begin, int64_t end) { kernels().dot(&p, begin, end); });
+    const int64_t stripes = (p.columns + kDotColumns - 1) / kDotColumns;
+    const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, p.w[0].columns));
+    parallel_for(0, stripes, grain, [&](int64_t begin, int64_t end) {
+      kernels().dot(&p, begin * kDotColumns, std::min(p.columns, end * kDotColumns));
+    });
   } else {
     multiply_in_tiles(p);
   }

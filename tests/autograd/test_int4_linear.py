@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from entrenar.autograd.ops import int4_dequantize, int4_linear, int4_lora_linear, int4_quantize
@@ -18,6 +18,48 @@ def packed():
 
 def lora(rank: int = 4):
     return torch.randn(rank, 80, requires_grad=True), torch.randn(24, rank, requires_grad=True)
+
+
+FEW_ROWS = 8
+"""Up to so many rows no level rounds a weight."""
+
+
+@given(
+    st.sampled_from([*range(1, 19), 40]),
+    st.sampled_from([1, 5, 15, 16, 17, 33, 70]),
+    st.sampled_from([1, 31, 32, 33, 64, 97, 127, 130, 257, 1100]),
+    st.sampled_from([32, 64]),
+    st.sampled_from([torch.float16, torch.float32]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_error_is_that_of_float32_sums_and_one_rounding(cpu_level, m, n, k, block, scale_dtype, dtype, seed):
+    torch.manual_seed(seed)
+    codes, scales = int4_quantize(torch.randn(n, k), block=block, scale_dtype=scale_dtype)
+    codes = torch.randint_like(codes, 256)  # the code -8 too, and what lies past the last column
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n)
+    weight = int4_dequantize(codes, scales, k, block=block).double()
+    expected = x.double() @ weight.T + bias
+    # Sums of k products of float32, in any order, and a few roundings more: of the scaled sum, and of the bias.
+    terms = x.double().abs() @ weight.abs().T + bias.abs()
+    bound = (k + 8) * 2**-24 * terms
+    if dtype == torch.bfloat16:
+        bound += 2**-8 * expected.abs() * (1 + 2**-8)
+        if m > FEW_ROWS:
+            bound += 2**-8 * terms
+    y = int4_linear(x, codes, scales, bias, block=block)
+    assert ((y.double() - expected).abs() <= bound).all()
+
+
+def test_a_column_does_not_depend_on_what_lies_beside_it(cpu_level):
+    codes, scales = int4_quantize(torch.randn(100, 200))
+    for rows in (1, 3, 8, 16):
+        x = torch.randn(rows, 200).bfloat16()
+        whole = int4_linear(x, codes, scales)
+        for begin in (0, 16, 48):
+            part = int4_linear(x, codes[begin : begin + 52], scales[begin : begin + 52])
+            assert torch.equal(part, whole[:, begin : begin + 52])
 
 
 def test_autocast_computes_in_its_dtype(packed):

@@ -10,15 +10,18 @@ using namespace entrenar;
 
 // Elements [column, column + 32) of a row as float32, zeros past its end.
 inline void load_group(const void* weight, Dtype dtype, int64_t row, int64_t columns, int64_t column, float* group) {
-  const int64_t count = columns - column < int4::kGroup ? columns - column : int4::kGroup;
-  if (dtype == kFloat32) {
-    const float* from = (const float*)weight + row * columns + column;
-    for (int64_t i = 0; i < count; i++) group[i] = from[i];
-  } else {
-    const uint16_t* from = (const uint16_t*)weight + row * columns + column;
-    for (int64_t i = 0; i < count; i++) group[i] = int4::bits_float((uint32_t)from[i] << 16);
+  const int64_t index = row * columns + column;
+  const float* floats = (const float*)weight + index;
+  const uint16_t* halfwords = (const uint16_t*)weight + index;
+  if (columns - column >= int4::kGroup) {
+    for (int i = 0; i < int4::kGroup; i += kLanes) {
+      store(group + i, dtype == kFloat32 ? load<vfloat>(floats + i) : load_bfloat16(halfwords + i));
+    }
+    return;
   }
-  for (int64_t i = count; i < int4::kGroup; i++) group[i] = 0;
+  for (int64_t i = 0; i < int4::kGroup; i++) {
+    group[i] = column + i >= columns ? 0 : dtype == kFloat32 ? floats[i] : int4::bfloat16_to_float(halfwords[i]);
+  }
 }
 
 inline void encode_group(const float* group, float s, uint8_t* codes) {

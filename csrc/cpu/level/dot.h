@@ -1,79 +1,243 @@
-// Products with few rows of x, straight from the codes: memory-bound, so nothing is decoded to memory.
+// Products with few rows of x, straight from the codes: memory-bound, so nothing is decoded to memory. Sixteen rows of
+// the weight stand in the lanes: their codes are transposed as 32-bit words, and each word is decoded nibble by nibble
+// and multiplied by the elements of x that belong there. The scale is applied to the sum of a block.
 #pragma once
 
 #include "codec.h"
+#include "store.h"
+#include "transpose.h"
 
 namespace {
 
 using namespace entrenar;
 
-constexpr int kPrefetchBytes = 3008;  // ahead of the codes in use; a power of two would alias in the cache
+constexpr int kMaxDotRows = kLanes == 16 ? 16 : 8;  // whose sums fit the registers
+constexpr int kDotVectors = kDotColumns / kLanes;
+constexpr int kWord = 4;  // bytes of codes in a lane
+constexpr int kGroupWords = int4::kGroupBytes / kWord;
+constexpr int kPrefetchWords = 128;  // how far ahead of their use the codes of a row are asked for
 
-template <int kRows>
-inline void dot_int4(const Weight& w, int64_t row, const Units& x, vfloat* total) {
-  const uint8_t* codes = group_of(w, row, 0);
-  const int64_t columns = int4::groups(w.columns) * int4::kGroup;
-  for (int64_t begin = 0; begin < columns; begin += w.block) {
-    const int64_t end = begin + w.block < columns ? begin + w.block : columns;
-    vfloat block[kRows] = {};
-    for (int64_t c = begin; c < end; c += int4::kGroup, codes += int4::kGroupBytes) {
-      __builtin_prefetch(codes + kPrefetchBytes);
+static_assert(kDotColumns == kSquare, "rows of the weight are transposed a square at a time");
+
+// What a word of codes is multiplied by: `kSteps` units of x, one for each step, float32 or pairs of bfloat16. A group
+// has kGroupSteps of them in the order in which pack_rows leaves x.
+template <bool kPairs>
+struct Step;
+
+template <>
+struct Step<false> {
+  static constexpr int kSteps = 8;
+
+  // The code in nibble i of each word.
+  static vuint decode(vuint words, int i) {
+#if defined(__AVX512F__)
+    const __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return (vuint)_mm512_permutexvar_ps((__m512i)(words >> 4 * i), codes);
+#else
+    return (vuint)__builtin_convertvector((vint)(words >> 4 * i & 15) - int4::kZeroNibble, vfloat);
+#endif
+  }
+
+  static vfloat multiply_add(vfloat total, uint32_t x, vuint w) { return total + int4::bits_float(x) * (vfloat)w; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Step<true> {
+  static constexpr int kSteps = 4;
+
+  // The codes in nibble i of both halves of each word. The table's second half repeats the first, so that the next
+  // nibble's lowest bit, which the permutation looks at too, does not matter.
+  static vuint decode(vuint words, int i) {
+    const __m256i codes = _mm256_setr_epi16(0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80,
+                                            0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0);
+    return (vuint)_mm512_permutexvar_epi16((__m512i)(words >> 4 * i), _mm512_broadcast_i64x4(codes));
+  }
+
+  static vfloat multiply_add(vfloat total, const uint32_t& x, vuint w) {
+    // Not the intrinsic, for which gcc 12 copies and spills sums.
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(total) : "v"(w), "m"(x));
+    return total;
+  }
+};
+#endif
+
+template <bool kPairs>
+constexpr int kGroupSteps = kGroupWords * Step<kPairs>::kSteps;
+
+// Which unit of a group belongs to nibble i of its word t.
+template <bool kPairs>
+constexpr int unit_of(int t, int i) {
+  return t * Step<kPairs>::kSteps / 2 + i / 2 + i % 2 * kGroupSteps<kPairs> / 2;
+}
+
+// x as [unit][row]. Pairs hold elements (0, 2) and (1, 3) of every four, which are two bytes apart in the codes.
+void pack_rows(const void* x, Dtype dtype, int64_t rows, int64_t columns, bool pairs, int64_t group_begin,
+               int64_t group_end, uint32_t* out) {
+  for (int64_t g = group_begin; g < group_end; g++) {
+    for (int64_t m = 0; m < rows; m++) {
+      float values[int4::kGroup];
+      uint32_t group[int4::kGroup];
+      load_group(x, dtype, m, columns, g * int4::kGroup, values);
+      __builtin_memcpy(group, values, sizeof group);
+      if (pairs) {
+        uint32_t* to = out + g * int4::kGroup / 2 * rows + m;
+#pragma GCC unroll 8
+        for (int i = 0; i < int4::kGroup; i += 4, to += 2 * rows) {
+          to[0] = group[i] >> 16 | group[i + 2];
+          to[rows] = group[i + 1] >> 16 | group[i + 3];
+        }
+      } else {
+        uint32_t* to = out + g * int4::kGroup * rows + m;
+        for (int i = 0; i < int4::kGroup; i++) to[i * rows] = group[i];
+      }
+    }
+  }
+}
+
+// `count` words of each of `rows` rows that are `stride` bytes apart, as [word][row]; zeros where there are none.
+inline void load_words(const void* from, int64_t stride, int64_t rows, int64_t count, uint32_t* out) {
+  if (rows == kSquare && count == kSquare) return transpose_square((const uint32_t*)from, stride / kWord, out, kSquare);
+  uint32_t square[kSquare * kSquare] = {};
+  for (int64_t r = 0; r < rows; r++) __builtin_memcpy(square + r * kSquare, (const char*)from + r * stride, count * kWord);
+  transpose_square(square, kSquare, out, kSquare);
+}
+
+// The scales of `count` blocks of `rows` rows as [block][row].
+inline void load_scales(const Weight& w, int64_t row, int64_t rows, int64_t block, int64_t count, uint32_t* out) {
+  const int64_t blocks = int4::blocks(w.columns, w.block), index = row * blocks + block;
+  if (w.float32_scales) return load_words((const float*)w.scales + index, blocks * kWord, rows, count, out);
+  const uint16_t* halves = (const uint16_t*)w.scales + index;
+  float values[kSquare * kSquare];
+  for (int64_t r = 0; r < rows; r++, halves += blocks) {
+    float* to = values + r * kSquare;
+    if (count == kSquare) {
+      for (int i = 0; i < kSquare; i += kLanes) store(to + i, load_half(halves + i));
+    } else {
+      for (int64_t i = 0; i < count; i++) to[i] = half_to_float(halves[i]);
+    }
+  }
+  load_words(values, kSquare * kWord, rows, count, out);
+}
+
+// Where registers allow, each sum is split, to hide the latency of an addition.
+constexpr int kSums = kLanes == 16 ? 16 : 10;
+constexpr int chains(int rows) { return 4 * rows <= kSums ? 4 : 2 * rows <= kSums ? 2 : 1; }
+
+// total += scale * (codes x), over `groups` groups of a block, for one vector of columns.
+template <bool kPairs, int kRows>
+inline void dot_block(const uint32_t* words, int groups, const uint32_t* x, vfloat scale, vfloat* total) {
+  constexpr int kChains = chains(kRows), kSteps = Step<kPairs>::kSteps;
+  vfloat sums[kRows][kChains] = {};
+  for (int g = 0; g < groups; g++, x += kGroupSteps<kPairs> * kRows) {
 #pragma GCC unroll 4
-      for (int j = 0; j < int4::kGroupBytes; j += kLanes) {
-        vfloat low, high;
-        decode_codes(codes + j, low, high);
-#pragma GCC unroll 4
+    for (int t = 0; t < kGroupWords; t++, words += kSquare) {
+      const vuint loaded = keep(load<vuint>(words));
+#pragma GCC unroll 8
+      for (int i = 0; i < kSteps; i++) {
+        const vuint codes = Step<kPairs>::decode(loaded, i);
+        const uint32_t* xs = x + unit_of<kPairs>(t, i) * kRows;
+#pragma GCC unroll 16
         for (int m = 0; m < kRows; m++) {
-          const uint32_t* xs = x.data + m * x.stride + c + j;
-          block[m] += low * load<vfloat>(xs) + high * load<vfloat>(xs + int4::kGroupBytes);
+          vfloat& sum = sums[m][i % kChains];
+          sum = Step<kPairs>::multiply_add(sum, xs[m], codes);
         }
       }
     }
-    const float s = scale_of(w, row, begin);
-    for (int m = 0; m < kRows; m++) total[m] += s * block[m];
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; m++) {
+    for (int c = 1; c < kChains; c++) sums[m][0] += sums[m][c];
+    total[m] += scale * sums[m][0];
+  }
+}
+
+template <bool kPairs, int kRows>
+void dot_int4(const Weight& w, int64_t row, int64_t rows, const uint32_t* x, vfloat (*total)[kRows]) {
+  const int64_t row_bytes = int4::row_bytes(w.columns), words = row_bytes / kWord;
+  const int64_t blocks = int4::blocks(w.columns, w.block);
+  const int block_groups = w.block / int4::kGroup, block_words = block_groups * kGroupWords;
+  const uint8_t* codes = w.codes + row * row_bytes;
+  alignas(64) uint32_t scales[kSquare * kSquare], squares[2][kSquare * kSquare];
+  const auto load_square = [&](int64_t word, uint32_t* square) {
+    load_words(codes + word * kWord, row_bytes, rows, words - word < kSquare ? words - word : kSquare, square);
+  };
+  if (words > 0) load_square(0, squares[0]);
+  int64_t block = 0;
+  for (int64_t word = 0, i = 0; word < words; word += kSquare, i++) {
+    if (block % kSquare == 0) {
+      load_scales(w, row, rows, block, blocks - block < kSquare ? blocks - block : kSquare, scales);
+    }
+    // Past the end of these rows come the next rows' codes, as far ahead.
+    const int64_t ahead = word + kPrefetchWords + (word + kPrefetchWords < words ? 0 : words * (kSquare - 1));
+    for (int r = 0; r < kSquare; r++) __builtin_prefetch(codes + r * row_bytes + ahead * kWord);
+    // One square ahead, so that the transpose overlaps the multiplications.
+    if (word + kSquare < words) load_square(word + kSquare, squares[(i + 1) % 2]);
+
+    const uint32_t* square = squares[i % 2];
+    for (int64_t begin = word; begin < word + kSquare && begin < words; begin += block_words, block++) {
+      const int groups = words - begin < block_words ? (words - begin) / kGroupWords : block_groups;
+      const uint32_t* xs = x + begin / kGroupWords * kGroupSteps<kPairs> * kRows;
+      const uint32_t* s = scales + block % kSquare * kSquare;
+      for (int v = 0; v < kDotVectors; v++) {
+        dot_block<kPairs, kRows>(square + v * kLanes, groups, xs, load<vfloat>(s + v * kLanes), total[v]);
+      }
+      square += block_words * kSquare;
+    }
   }
 }
 
 template <int kRows>
-inline void dot_dense(const Weight& w, int64_t row, const Units& x, vfloat* total) {
-  const float* values = w.dense + row * w.columns;
-  int64_t c = 0;
-  for (; c + kLanes <= w.columns; c += kLanes) {
-    for (int m = 0; m < kRows; m++) total[m] += load<vfloat>(values + c) * load<vfloat>(x.data + m * x.stride + c);
-  }
-  for (; c < w.columns; c++) {
-    for (int m = 0; m < kRows; m++) total[m][0] += values[c] * load<float>(x.data + m * x.stride + c);
+void dot_dense(const Weight& w, int64_t row, int64_t rows, const uint32_t* x, vfloat (*total)[kRows]) {
+  alignas(64) uint32_t square[kSquare * kSquare];
+  for (int64_t c = 0; c < w.columns; c += kSquare) {
+    const int64_t count = w.columns - c < kSquare ? w.columns - c : kSquare;
+    load_words(w.dense + row * w.columns + c, w.columns * kWord, rows, count, square);
+    for (int v = 0; v * kLanes < rows; v++) {
+      for (int64_t i = 0; i < count; i++) {
+        const vuint values = load<vuint>(square + i * kSquare + v * kLanes);
+        const uint32_t* xs = x + (c + i) * kRows;
+#pragma GCC unroll 16
+        for (int m = 0; m < kRows; m++) total[v][m] = Step<false>::multiply_add(total[v][m], xs[m], values);
+      }
+    }
   }
 }
 
 template <int kRows>
 void dot_rows(const Product& p, int64_t column_begin, int64_t column_end) {
-  for (int64_t n = column_begin; n < column_end; n++) {
-    vfloat total[kRows] = {};
+  for (int64_t n = column_begin; n < column_end; n += kDotColumns) {
+    const int64_t count = column_end - n < kDotColumns ? column_end - n : kDotColumns;
+    vfloat total[kDotVectors][kRows] = {};
     for (int t = 0; t < p.terms; t++) {
-      (p.w[t].codes ? dot_int4<kRows> : dot_dense<kRows>)(p.w[t], n, p.x[t], total);
+      const Weight& w = p.w[t];
+      if (w.codes == nullptr) {
+        dot_dense<kRows>(w, n, count, p.x[t].data, total);
+#if defined(__AVX512BF16__)
+      } else if (p.dtype == kBFloat16) {
+        dot_int4<true, kRows>(w, n, count, p.x[t].data, total);
+#endif
+      } else {
+        dot_int4<false, kRows>(w, n, count, p.x[t].data, total);
+      }
     }
     for (int m = 0; m < kRows; m++) {
-      const float value = p.scale * sum(total[m]) + (p.bias ? p.bias[n] : 0.0f);
-      if (p.dtype == kFloat32) {
-        ((float*)p.y)[m * p.columns + n] = value;
-      } else {
-        uint16_t rounded[kLanes];
-        store_bfloat16(rounded, broadcast(value));
-        ((uint16_t*)p.y)[m * p.columns + n] = rounded[0];
-      }
+      float sums[kDotColumns];
+      for (int v = 0; v < kDotVectors; v++) store(sums + v * kLanes, total[v][m]);
+      store_columns(p, m, n, count, sums);
     }
   }
 }
 
-void dot(const Product* p, int64_t column_begin, int64_t column_end) {
-  static_assert(kMaxDotRows == 4, "one case for each number of rows");
-  switch (p->rows) {
-    case 1: return dot_rows<1>(*p, column_begin, column_end);
-    case 2: return dot_rows<2>(*p, column_begin, column_end);
-    case 3: return dot_rows<3>(*p, column_begin, column_end);
-    case 4: return dot_rows<4>(*p, column_begin, column_end);
+template <int kRows = kMaxDotRows>
+void dot_of(const Product& p, int64_t column_begin, int64_t column_end) {
+  if (p.rows == kRows) {
+    dot_rows<kRows>(p, column_begin, column_end);
+  } else if constexpr (kRows > 1) {
+    dot_of<kRows - 1>(p, column_begin, column_end);
   }
 }
+
+void dot(const Product* p, int64_t column_begin, int64_t column_end) { dot_of(*p, column_begin, column_end); }
 
 }  // namespace

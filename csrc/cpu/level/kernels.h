@@ -101,8 +101,12 @@ struct Kernels {
                   void* scratch);
   int64_t (*product_scratch_bytes)(int64_t rows);
 
-  // The same for few rows of float32 units and op = transpose, straight from the codes, whose values are not rounded.
+  // The same for at most `max_dot_rows` rows and op = transpose, straight from the codes, whose values are not rounded.
+  // Here x is groups of 32 elements as pack_rows leaves them: as pairs for codes where the level multiplies those.
   void (*dot)(const Product* p, int64_t column_begin, int64_t column_end);
+  int64_t max_dot_rows;
+  void (*pack_rows)(const void* x, Dtype dtype, int64_t rows, int64_t columns, bool pairs, int64_t group_begin,
+                    int64_t group_end, uint32_t* out);
 
   // out[i, c] = sum over m of a[m, i] b[m, c], for c in [column_begin, column_end); out has `columns` columns. a is
   // packed first, into as many 32-bit words as it has elements.
@@ -148,7 +152,7 @@ constexpr int64_t sums_stride(int64_t columns) { return (columns + 15) / 16 * 16
 
 constexpr int64_t kTileColumns = 64;
 constexpr int64_t kTileUnits = 192;  // at most
-constexpr int64_t kMaxDotRows = 4;
+constexpr int64_t kDotColumns = 16;  // that a dot makes at once
 
 extern const Kernels kernels_base;
 extern const Kernels kernels_avx2;

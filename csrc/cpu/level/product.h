@@ -4,6 +4,7 @@
 
 #include "codec.h"
 #include "int8.h"
+#include "store.h"
 #include "transpose.h"
 
 namespace {
@@ -208,19 +209,6 @@ void fill_panel(const Product& p, const Weight& w, int64_t q, int64_t depth, int
       Tile<kPairs>::load_unit(w, p.dtype, q + u * Tile<kPairs>::kUnit, column, columns,
                               scratch->panel + u * kTileColumns);
     }
-  }
-}
-
-inline void store_columns(const Product& p, int64_t row, int64_t column, int64_t columns, const float* sums) {
-  float values[kTileColumns];
-  for (int64_t i = 0; i < columns; i++) values[i] = p.scale * sums[i] + (p.bias ? p.bias[column + i] : 0.0f);
-  const int64_t index = row * p.columns + column;
-  if (p.dtype == kFloat32) {
-    __builtin_memcpy((float*)p.y + index, values, columns * sizeof(float));
-  } else {
-    uint16_t rounded[kTileColumns];
-    for (int i = 0; i < kTileColumns; i += kLanes) store_bfloat16(rounded + i, load<vfloat>(values + i));
-    __builtin_memcpy((uint16_t*)p.y + index, rounded, columns * sizeof(uint16_t));
   }
 }
 

@@ -65,6 +65,16 @@ inline vhalfword to_halfwords(vuint value) { return __builtin_convertvector(valu
 inline vbyte to_bytes(vuint value) { return __builtin_convertvector(value, vbyte); }
 #endif
 
+// A value that gcc leaves in its register, instead of loading it from memory again for each use.
+inline vuint keep(vuint value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm("" : "+x"(value));
+#endif
+  return value;
+}
+
 inline vuint bits_of(vfloat value) { return (vuint)value; }
 
 inline vfloat broadcast(float value) { return value - (vfloat){}; }
@@ -79,6 +89,18 @@ inline vfloat round_to_bfloat16(vfloat value) { return (vfloat)(bfloat16_bits(va
 
 inline vfloat load_bfloat16(const uint16_t* from) {
   return (vfloat)(widen(load<vhalfword>(from)) << 16);
+}
+
+inline vfloat load_half(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtph_ps((__m256i)load<vhalfword>(from));
+#elif defined(__F16C__)
+  return (vfloat)_mm256_cvtph_ps((__m128i)load<vhalfword>(from));
+#else
+  vfloat value;
+  for (int i = 0; i < kLanes; i++) value[i] = int4::half_to_float(from[i]);
+  return value;
+#endif
 }
 
 inline void store_bfloat16(uint16_t* to, vfloat value) {

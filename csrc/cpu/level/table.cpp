@@ -17,7 +17,8 @@
 namespace entrenar {
 
 const Kernels TABLE(LEVEL) = {
-    kBFloat16Units, quantize, dequantize, to_units, to_int8, product, product_scratch_bytes, dot, pack_outer, outer,
+    kBFloat16Units, quantize, dequantize, to_units, to_int8, product, product_scratch_bytes, dot,
+    kMaxDotRows, pack_rows, pack_outer, outer,
     attention_tile_words, attention_pack, attention_scratch_bytes, attention_forward, attention_backward, attention_sum,
     cross_entropy,
     binary, swiglu_backward, rms_norm, rms_norm_backward, layer_norm_backward, add_sums, softmax_backward, rotary,

@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr int kSquare = 16;
+
 #if defined(__AVX512F__)
 
 inline void transpose_square(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
@@ -41,8 +43,21 @@ inline void transpose_square(const uint32_t* in, int64_t in_stride, uint32_t* ou
 #else
 
 inline void transpose_square(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
-  for (int u = 0; u < 16; u++) {
-    for (int n = 0; n < 16; n++) out[u * out_stride + n] = in[n * in_stride + u];
+  typedef uint32_t quad __attribute__((vector_size(16)));
+  const quad low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
+  for (int n = 0; n < kSquare; n += 4) {
+    for (int u = 0; u < kSquare; u += 4) {
+      const uint32_t* from = in + n * in_stride + u;
+      const quad a = load<quad>(from), b = load<quad>(from + in_stride);
+      const quad c = load<quad>(from + 2 * in_stride), d = load<quad>(from + 3 * in_stride);
+      const quad ab = __builtin_shuffle(a, b, low), cd = __builtin_shuffle(c, d, low);
+      const quad AB = __builtin_shuffle(a, b, high), CD = __builtin_shuffle(c, d, high);
+      uint32_t* to = out + u * out_stride + n;
+      store(to, __builtin_shuffle(ab, cd, first));
+      store(to + out_stride, __builtin_shuffle(ab, cd, second));
+      store(to + 2 * out_stride, __builtin_shuffle(AB, CD, first));
+      store(to + 3 * out_stride, __builtin_shuffle(AB, CD, second));
+    }
   }
 }
 
@@ -50,8 +65,8 @@ inline void transpose_square(const uint32_t* in, int64_t in_stride, uint32_t* ou
 
 inline void transpose(const uint32_t* in, int64_t in_stride, int64_t rows, int64_t columns, uint32_t* out,
                       int64_t out_stride) {
-  for (int64_t n = 0; n < rows; n += 16) {
-    for (int64_t u = 0; u < columns; u += 16) {
+  for (int64_t n = 0; n < rows; n += kSquare) {
+    for (int64_t u = 0; u < columns; u += kSquare) {
       transpose_square(in + n * in_stride + u, in_stride, out + u * out_stride + n, out_stride);
     }
   }
