@@ -69,6 +69,9 @@ def _finetune(
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     alpha: Annotated[float, typer.Option(help="Numerator of their scaling, alpha / rank.")] = 32,
     dropout: Annotated[float, typer.Option(help="Dropout on the adapters' input.")] = 0.0,
+    activations: Annotated[
+        str | None, typer.Option(help="int8: round the layers' inputs for a faster forward.")
+    ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens at which an example is cut.")] = 1024,
     epochs: Annotated[int, typer.Option(help="Times to go through the data.")] = DEFAULTS.epochs,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
@@ -110,9 +113,10 @@ def _finetune(
         watcher.say(f"{len(train)} examples to train on, {len(held)} held out")
         torch.manual_seed(seed)
         network = load_pretrained(model, bits=4)
-        watcher.say(str(wrap(network, rank=rank, alpha=alpha, targets="all-linear", bits=4, dropout=dropout)))
-        report = finetune(network, tokenizer, train, held, config, out, resume=resume, watcher=watcher)
-    print(describe_report(report, out))
+        report = wrap(network, rank=rank, alpha=alpha, dropout=dropout, activations=activations)
+        watcher.say(str(report))
+        result = finetune(network, tokenizer, train, held, config, out, resume=resume, watcher=watcher)
+    print(describe_report(result, out))
 
 
 def _examples(path: Path, tokenizer: Any, max_length: int, watcher: TerminalWatcher) -> list[Example]:
