@@ -114,6 +114,12 @@ def test_options_that_embedding_lacks_are_refused(setting):
         embedding(torch.tensor([0]), torch.ones(2, 2), **setting)
 
 
+def test_all_options_that_embedding_lacks_are_named():
+    message = "^embedding does not support max_norm, scale_grad_by_freq, sparse: use torch"
+    with pytest.raises(NotImplementedError, match=message):
+        embedding(torch.tensor([0]), torch.ones(2, 2), None, 1.0, 2.0, True, True)
+
+
 def test_index_beyond_the_table_is_refused():
     with pytest.raises(IndexError, match="index out of range"):
         embedding(torch.tensor([2]), torch.ones(2, 2))
@@ -142,7 +148,7 @@ def test_dropout_keeps_the_mean_and_a_byte_for_each_element(dtype):
     [
         (dict(p=-0.1), ValueError, "between 0 and 1"),
         (dict(p=1.1), ValueError, "between 0 and 1"),
-        (dict(inplace=True), NotImplementedError, "in place"),
+        (dict(inplace=True), NotImplementedError, "^dropout does not work in place"),
         (dict(input=torch.ones(2, dtype=torch.long)), TypeError, "floating-point"),
     ],
 )

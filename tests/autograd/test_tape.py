@@ -183,7 +183,9 @@ def test_a_custom_function_that_returns_its_input():
     with Tape() as tape:
         y = SaveInput.apply(x).exp()
     assert [(entry.op, entry.saved_bytes) for entry in tape.entries] == [("view_as", 0), ("exp", 8)]
-    assert str(tape.entries[1].inputs[0]) == str(tape.entries[0].outputs[0])
+    returned = tape.entries[0].outputs[0]
+    assert str(tape.entries[1].inputs[0]) == str(returned)
+    assert not returned.changed
     assert not tape.check_gradients().skipped
     tape.backward(y)
     assert torch.equal(x.grad, 2 * y)

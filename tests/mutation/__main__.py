@@ -55,7 +55,15 @@ TESTS = {
         "tests/autograd/test_walk.py",
     ],
 }
-PRELOAD = ("torch._dynamo", "peft", "safetensors.torch", "transformers.models.llama.modeling_llama")
+PRELOAD = (
+    "torch._dynamo",
+    "torch.testing._internal.common_methods_invocations",
+    "hypothesis.extra.numpy",
+    "matplotlib.backends.backend_agg",
+    "peft",
+    "safetensors.torch",
+    "transformers.models.llama.modeling_llama",
+)
 KILLED, SURVIVED, TIMEOUT = "killed", "survived", "timeout"
 BROKEN = 70  # the exit status of a fork in which this program failed, and not a test
 

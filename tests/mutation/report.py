@@ -11,7 +11,7 @@ HEAD = """# Mutants
 `make mutants` changes one expression of the package at a time (mutmut's operators: numbers, strings, operators,
 comparisons, arguments, assignments, conditions) and runs the tests that reach it. A mutant is killed when a test fails,
 or when the tests take more than five times as long and 20 seconds. Where the time box ends before the mutants do, those
-that ran are a random sample (seed 0).
+that ran are a random sample.
 
 "wording" among the survivors are changes of a part of an error message that no test reads: tests match the part that
 says what was wrong and where. They count as survivors all the same.
