@@ -6,7 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._pytree import tree_map_only
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 
@@ -16,9 +18,23 @@ def overridable(op: Op) -> Op:
 
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            args, kwargs = _distinct((args, kwargs))
         operands = (*args, *kwargs.values()) if kwargs else args
         if has_torch_function(operands):
             return handle_torch_function(call, operands, *args, **kwargs)
         return op(*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def _distinct(arguments: Any) -> Any:
+    """A view in place of each tensor that came before: torch's compiler refuses a Function that takes one twice."""
+    before: list[torch.Tensor] = []
+
+    def fresh(x: torch.Tensor) -> torch.Tensor:
+        again = any(x is y for y in before)
+        before.append(x)
+        return x.view_as(x) if again else x
+
+    return tree_map_only(torch.Tensor, fresh, arguments)
