@@ -1,8 +1,11 @@
 // The arguments of an op, checked, as kernels of every device see them. Each error names the argument.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
 
 #include "int4.h"
 #include "weight.h"
@@ -17,6 +20,27 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name, " must be float32 or bfloat16");
   return type == ScalarType::Float ? kFloat32 : kBFloat16;
 }
+
+inline Dtype float_dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kFloat16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+}
+
+inline void check_like(const Tensor& tensor, const char* name, const Tensor& x) {
+  const auto sizes = tensor.sizes(), expected = x.sizes();
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type() &&
+                      std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()),
+                  name, " must have the shape and dtype of the other tensors");
+}
+
+inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// An uninitialized contiguous tensor of x's shape and dtype.
+inline Tensor empty_as(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
 
 inline Weight int4_weight(const Tensor& codes, const Tensor& scales, int64_t columns, int64_t block) {
   STD_TORCH_CHECK(block == 32 || block == 64, "block must be 32 or 64, not ", block);

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -7,17 +9,44 @@ import entrenar
 from entrenar.autograd.ops._library import LEVELS
 
 
-def available_levels() -> list[str]:
-    chosen = entrenar.cpu_level()
-    return list(LEVELS[: LEVELS.index(chosen) + 1])
+def pytest_addoption(parser):
+    parser.addoption(
+        "--emulated-cuda",
+        metavar="LIBRARY",
+        help="compute the ops by the CUDA kernels of this library, on the CPU's tensors (tests/cuda/emulator)",
+    )
 
 
-@pytest.fixture(params=available_levels())
-def cpu_level(request):
-    """Run the test at every level that this machine has."""
+def pytest_configure(config):
+    if library := config.getoption("--emulated-cuda"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, that kernels are registered again
+            torch.ops.load_library(library)
+
+
+def backends(config) -> list[str]:
+    """What can compute the ops here: the CPU at each of its levels, and a GPU; or the emulator alone."""
+    if config.getoption("--emulated-cuda"):
+        return ["emulated"]
+    levels = LEVELS[: LEVELS.index(entrenar.cpu_level()) + 1]
+    return [*levels, "cuda"] if torch.cuda.is_available() else [*levels]
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", backends(metafunc.config), indirect=True)
+
+
+@pytest.fixture
+def backend(request):
+    """Run the test with every kernel that this machine can run: on "cuda", tensors are made there by default."""
     before = entrenar.cpu_level()
-    entrenar.set_cpu_level(request.param)
+    if request.param in LEVELS:
+        entrenar.set_cpu_level(request.param)
+    if request.param == "cuda":
+        torch.set_default_device("cuda")
     yield request.param
+    torch.set_default_device(None)
     entrenar.set_cpu_level(before)
 
 

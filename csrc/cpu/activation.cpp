@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "dispatch.h"
-#include "floats.h"
+#include "../arguments.h"
 
 namespace entrenar {
 

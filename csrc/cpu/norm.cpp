@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "dispatch.h"
-#include "floats.h"
+#include "../arguments.h"
 #include "workspace.h"
 
 namespace entrenar {

@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "dispatch.h"
-#include "floats.h"
+#include "../arguments.h"
 
 namespace entrenar {
 

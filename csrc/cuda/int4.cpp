@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "../arguments.h"
-#include "stream.h"
+#include "device.h"
 
 namespace entrenar {
 
@@ -39,7 +39,7 @@ Tensor int4_dequantize(const Tensor& codes, const Tensor& scales, int64_t in_fea
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(entrenar, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(entrenar, ENTRENAR_DEVICE, m) {
   m.impl("int4_quantize", TORCH_BOX(&int4_quantize));
   m.impl("int4_dequantize", TORCH_BOX(&int4_dequantize));
 }

@@ -1,17 +1,13 @@
 // float32 and bfloat16 to int4 and back: the CPU's bits.
 #include "int4.h"
 
-#include <cuda_runtime.h>
-
-#include "../int4.h"
+#include "floats.h"
 
 namespace entrenar {
 
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 static_assert(kWarp == int4::kGroup, "a lane for each element of a group");
 

@@ -298,7 +298,7 @@ def kernel_arguments(batch, heads, groups, queries, keys, columns, value_columns
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("size", KERNEL_SIZES)
 @pytest.mark.usefixtures("poisoned")
-def test_kernel_is_as_near_to_float64_as_its_roundings_allow(size, causal, dtype, cpu_level):
+def test_kernel_is_as_near_to_float64_as_its_roundings_allow(size, causal, dtype, backend):
     args = kernel_arguments(*KERNEL_SIZES[size], dtype)
     seen = tokens_seen(args[0].shape[-2], args[1].shape[-2], causal)
     scale = 1 / math.sqrt(max(args[0].shape[-1], 1))
@@ -324,7 +324,7 @@ def test_kernel_at_any_size(sizes, causal, contiguous, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("sizes", [(4, 3, 1, 300, 300, 64, 64), (1, 1, 1, 500, 500, 40, 40)])
-def test_kernel_does_not_depend_on_threads(sizes, dtype, cpu_level):
+def test_kernel_does_not_depend_on_threads(sizes, dtype, backend):
     args = [x.requires_grad_() for x in kernel_arguments(*sizes, dtype)]
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
@@ -343,7 +343,7 @@ def test_kernel_needs_no_copy_between_projections():
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_what_is_not_finite_stays_with_those_who_see_it(bad, dtype, cpu_level):
+def test_what_is_not_finite_stays_with_those_who_see_it(bad, dtype, backend):
     query, key, value = kernel_arguments(1, 1, 1, 140, 140, 16, 16, dtype)
     key[0, 0, 130] = bad
     y = attention(query, key, value, is_causal=True)
@@ -355,7 +355,7 @@ def test_what_is_not_finite_stays_with_those_who_see_it(bad, dtype, cpu_level):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_scores_far_apart_neither_overflow_nor_vanish(causal, cpu_level):
+def test_scores_far_apart_neither_overflow_nor_vanish(causal, backend):
     query, key, value = kernel_arguments(1, 1, 1, 130, 130, 16, 16, torch.float32)
     key = key * torch.linspace(-300, 300, 130)[:, None]
     y = attention(query, key, value, is_causal=causal)
@@ -366,7 +366,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish(causal, cpu_level):
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 70), (70, 0), (0, 0)])
 @pytest.mark.usefixtures("poisoned")
-def test_kernel_with_nothing_to_attend(queries, keys, cpu_level):
+def test_kernel_with_nothing_to_attend(queries, keys, backend):
     args = [x.requires_grad_() for x in kernel_arguments(2, 2, 1, queries, keys, 8, 4, torch.bfloat16)]
     y = attention(*args, enable_gqa=True)
     assert y.shape == (2, 2, queries, 4)

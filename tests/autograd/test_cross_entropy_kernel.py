@@ -40,7 +40,7 @@ def check(logits: torch.Tensor, target: torch.Tensor, ignore_index: int = -100) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", CLASSES)
-def test_rows_of_any_length(classes, dtype, cpu_level):
+def test_rows_of_any_length(classes, dtype, backend):
     logits = (4 * torch.randn(3, classes)).to(dtype)
     for target in (0, classes // 2, classes - 1):
         check(logits, torch.tensor([target, -100, target]))
@@ -64,7 +64,7 @@ def test_any_logits(rows, classes, size, shift, dtype, strided, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_is_treated_as_by_torch(dtype, cpu_level):
+def test_what_is_not_finite_is_treated_as_by_torch(dtype, backend):
     inf, nan = float("inf"), float("nan")
     values = (inf, -inf, nan, 3e38, -3e38, 1e-40, 0.0, -0.0)
     rows = [[a, b, 1.0, *[-2.0] * 30, c] for a, b, c in itertools.product(values, repeat=3)]
@@ -87,7 +87,7 @@ def test_a_probability_near_one_keeps_its_small_gradient():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ignored_rows_are_not_looked_at(dtype, cpu_level):
+def test_ignored_rows_are_not_looked_at(dtype, backend):
     logits = torch.full((2, 40), float("nan"), dtype=dtype)
     losses = turn_into_gradient(logits, torch.tensor([3, 3]), 3)
     assert not losses.any()
@@ -138,7 +138,7 @@ def test_opcheck_in_place():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_result_does_not_depend_on_threads(dtype, cpu_level):
+def test_result_does_not_depend_on_threads(dtype, backend):
     logits, target = torch.randn(50, 3000).to(dtype), torch.randint(0, 3000, (50,))
     before = torch.get_num_threads()
     results = []
@@ -153,7 +153,7 @@ def test_result_does_not_depend_on_threads(dtype, cpu_level):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_cross_entropy_and_its_gradient_are_those_of_float64(reduction, dtype, cpu_level):
+def test_cross_entropy_and_its_gradient_are_those_of_float64(reduction, dtype, backend):
     target = torch.randint(0, 90, (33,))
     target[5] = 2
     x = torch.randn(33, 90).to(dtype).requires_grad_()

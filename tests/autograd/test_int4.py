@@ -86,7 +86,7 @@ def test_float32_scales_hold_the_largest_values(weight):
     assert ((decoded.double() - weight.double()).abs() <= steps * (0.5 + 1e-6) + 1e-44).all()
 
 
-def test_scales_round_as_torch_rounds(cpu_level):
+def test_scales_round_as_torch_rounds(backend):
     patterns = torch.randint(0, 0x7F800000, (200_000, 1), dtype=torch.int32).view(torch.float32)
     small = torch.rand(200_000, 1) * 2.0**-13
     weight = torch.cat([patterns[patterns < 4e5][:, None], small])
@@ -111,7 +111,7 @@ def test_matrix_without_rows():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_non_finite_weight_is_named(bad, dtype, cpu_level):
+def test_non_finite_weight_is_named(bad, dtype, backend):
     weight = torch.randn(3, 100).to(dtype)
     weight[2, 77] = bad
     with pytest.raises(ValueError, match=rf"blocks\.0\.q\[2, 77\] is {bad}"):

@@ -34,7 +34,7 @@ FEW_ROWS = 8
     st.integers(0, 2**31),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_error_is_that_of_float32_sums_and_one_rounding(cpu_level, m, n, k, block, scale_dtype, dtype, seed):
+def test_error_is_that_of_float32_sums_and_one_rounding(backend, m, n, k, block, scale_dtype, dtype, seed):
     torch.manual_seed(seed)
     codes, scales = int4_quantize(torch.randn(n, k), block=block, scale_dtype=scale_dtype)
     codes = torch.randint_like(codes, 256)  # the code -8 too, and what lies past the last column
@@ -52,7 +52,7 @@ def test_error_is_that_of_float32_sums_and_one_rounding(cpu_level, m, n, k, bloc
     assert ((y.double() - expected).abs() <= bound).all()
 
 
-def test_a_column_does_not_depend_on_what_lies_beside_it(cpu_level):
+def test_a_column_does_not_depend_on_what_lies_beside_it(backend):
     codes, scales = int4_quantize(torch.randn(100, 200))
     for rows in (1, 3, 8, 16):
         x = torch.randn(rows, 200).bfloat16()
@@ -140,7 +140,7 @@ def test_bad_bias_and_adapter_are_refused(packed):
 @pytest.mark.parametrize("block", [32, 64])
 @pytest.mark.parametrize("sizes", [(20, 70, 100), (33, 5, 1100), (301, 130, 576), (17, 1, 1), (40, 16, 2000)], ids=str)
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)], ids=str)
-def test_int8_product_equals_that_of_the_rounded_rows(dtype, limit, sizes, block, cpu_level):
+def test_int8_product_equals_that_of_the_rounded_rows(dtype, limit, sizes, block, backend):
     rows, outputs, columns = sizes
     codes, scales = int4_quantize(torch.randn(outputs, columns), block=block)
     x = torch.randn(rows, 2 * columns)[:, ::2].to(dtype)
@@ -152,7 +152,7 @@ def test_int8_product_equals_that_of_the_rounded_rows(dtype, limit, sizes, block
     assert (y.double() - expected).abs().max() <= limit * expected.abs().max()
 
 
-def test_int8_rounds_half_to_even_and_keeps_what_is_not_finite(cpu_level):
+def test_int8_rounds_half_to_even_and_keeps_what_is_not_finite(backend):
     x = torch.zeros(20, 64)
     x[:, 0] = 127
     x[:, 1:5] = torch.tensor([0.5, 1.5, -2.5, 3.4])

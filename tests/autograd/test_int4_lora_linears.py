@@ -25,7 +25,7 @@ QKV = (80, (24, 8, 40), (4, 1, 3), (True, False, True))
 
 @pytest.mark.parametrize("rows", [(), (1,), (7,), (2, 13), (300,), (0,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_results_are_those_of_separate_calls(rows, dtype, cpu_level):
+def test_results_are_those_of_separate_calls(rows, dtype, backend):
     layers = make(*QKV)
     x = torch.randn(*rows, 80).to(dtype)
     together = int4_lora_linears(x, *layers, 0.5)

@@ -80,7 +80,7 @@ def check(x, weight, bias, target, reduction="mean", wanted=(True, True, True)):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_and_gradients_are_those_of_float64(dtype, reduction, chunk_bytes, cpu_level):
+def test_loss_and_gradients_are_those_of_float64(dtype, reduction, chunk_bytes, backend):
     x, weight, bias, target = problem(37, WIDTH, CLASSES, dtype)
     check(x, weight, bias, target, reduction)
     check(x, weight, None, target, reduction, wanted=(True, True, False))

@@ -41,7 +41,7 @@ def leaves(case: Case, arguments: tuple, dtype: torch.dtype | None = None) -> tu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("case", "sample"), SAMPLES)
 @pytest.mark.usefixtures("poisoned")
-def test_kernel_equals_reference(case, sample, dtype, cpu_level):
+def test_kernel_equals_reference(case, sample, dtype, backend):
     arguments = case.arguments(sample, dtype)
     actual, expected = outputs(case.op(*arguments)), outputs(case.reference(*arguments))
     for a, e in zip(actual, expected, strict=False):
@@ -55,7 +55,7 @@ def test_kernel_equals_reference(case, sample, dtype, cpu_level):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("case", "sample"), DIFFERENTIABLE)
 @pytest.mark.usefixtures("poisoned")
-def test_gradient_equals_references_gradient(case, sample, dtype, cpu_level):
+def test_gradient_equals_references_gradient(case, sample, dtype, backend):
     arguments, inputs = leaves(case, case.arguments(sample, dtype))
     result = outputs(case.op(*arguments))[0]
     dy = torch.randn_like(result)
@@ -68,7 +68,7 @@ def test_gradient_equals_references_gradient(case, sample, dtype, cpu_level):
 
 
 @pytest.mark.parametrize(("case", "sample"), DIFFERENTIABLE)
-def test_gradient_equals_finite_differences(case, sample, cpu_level):
+def test_gradient_equals_finite_differences(case, sample, backend):
     arguments, inputs = leaves(case, case.arguments(sample, torch.float32))
     result = outputs(case.op(*arguments))[0]
     dy = torch.randn_like(result)
@@ -102,7 +102,7 @@ def test_opcheck(case, sample):
 
 
 @pytest.mark.parametrize(("case", "sample"), [p for p in DIFFERENTIABLE if p.values[1] in ("batch", "many rows")])
-def test_result_does_not_depend_on_threads(case, sample, cpu_level):
+def test_result_does_not_depend_on_threads(case, sample, backend):
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):

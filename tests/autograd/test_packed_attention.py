@@ -47,7 +47,7 @@ OFFSETS = {
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("name", OFFSETS)
 @pytest.mark.usefixtures("poisoned")
-def test_a_token_sees_its_own_sequence(name, causal, dtype, cpu_level):
+def test_a_token_sees_its_own_sequence(name, causal, dtype, backend):
     offsets = torch.tensor(OFFSETS[name])
     args = arguments(int(offsets[-1]), dtype)
 
@@ -78,7 +78,7 @@ def test_any_lengths(lengths, groups, shared, causal, dtype):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_equals_attention_of_each_sequence_and_the_reference(dtype, causal, cpu_level):
+def test_equals_attention_of_each_sequence_and_the_reference(dtype, causal, backend):
     offsets = torch.tensor(OFFSETS["several"])
     args = arguments(200, dtype)
     y = packed_attention(*args, offsets, is_causal=causal)
@@ -128,7 +128,7 @@ def test_second_derivative_through_the_kernel():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_does_not_depend_on_threads(dtype, cpu_level):
+def test_does_not_depend_on_threads(dtype, backend):
     offsets = torch.tensor(OFFSETS["several"])
     args = arguments(200, dtype)
     before, results = torch.get_num_threads(), []

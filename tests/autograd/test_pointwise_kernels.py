@@ -191,7 +191,7 @@ def check(kernel: Kernel, inputs: list[Tensor], terms: float = 1) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kernel", PARAMS)
 @pytest.mark.usefixtures("poisoned")
-def test_kernel_is_right_but_for_one_rounding(kernel, shape, dtype, cpu_level):
+def test_kernel_is_right_but_for_one_rounding(kernel, shape, dtype, backend):
     check(kernel, arguments(kernel, *SHAPES[shape], dtype))
 
 
@@ -229,7 +229,7 @@ def test_any_shape_and_strides(name, lead, columns, strides, dtype, seed):
 
 
 @pytest.mark.parametrize("kernel", PARAMS)
-def test_result_does_not_depend_on_threads(kernel, cpu_level):
+def test_result_does_not_depend_on_threads(kernel, backend):
     inputs = arguments(kernel, (5, 67), 602, torch.bfloat16)
     before = torch.get_num_threads()
     every = []
@@ -254,7 +254,7 @@ ATEN = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ATEN)
-def test_extreme_values_go_where_torchs_go(name, dtype, cpu_level):
+def test_extreme_values_go_where_torchs_go(name, dtype, backend):
     a, b = (x.to(dtype) for x in torch.cartesian_prod(*2 * [torch.tensor(EXTREMES)]).T)
     actual, expected = KERNELS[name].call(a, b), ATEN[name](a, b)
     torch.testing.assert_close(actual, expected, equal_nan=True, atol=2 * torch.finfo(dtype).smallest_normal, rtol=0.02)
@@ -262,7 +262,7 @@ def test_extreme_values_go_where_torchs_go(name, dtype, cpu_level):
 
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e-20, 1e19, 1e25, float("inf"), float("nan")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_extreme_rows_go_where_the_formula_goes(dtype, value, cpu_level):
+def test_extreme_rows_go_where_the_formula_goes(dtype, value, backend):
     x = torch.randn(2, 40)
     x[0, 3] = value
     x = x.to(dtype).requires_grad_()

@@ -1,63 +1,47 @@
-"""The CUDA kernels, compiled as C++ and run thread by thread on the CPU, give the CPU kernels' bits."""
+"""The CUDA kernels, compiled as C++ and run thread by thread on the CPU, pass the tests of the ops."""
 
 from __future__ import annotations
 
-import ctypes
+import os
 import pathlib
-import shutil
 import subprocess
+import sys
 
 import pytest
-import torch
-
-from entrenar.autograd.ops.int4 import int4_dequantize_reference, int4_quantize_reference, packed_columns
 
 HERE = pathlib.Path(__file__).parent
-KERNELS = HERE.parents[1] / "csrc" / "cuda" / "int4.cu"
-DTYPES = [torch.float32, torch.bfloat16]
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "emulated"
+TESTS = [
+    "tests/autograd/test_ops.py",
+    "tests/autograd/test_int4.py",
+]
 
 
-@pytest.fixture(scope="module", params=["forward", "reversed"])
-def kernels(request, tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is missing")
-    library = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    order = ["-DEMULATE_REVERSED"] if request.param == "reversed" else []
-    flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover"]
-    command = ["g++", *flags, *order, "-shared", "-fPIC", "-I", str(HERE / "emulator")]
-    command += ["-x", "c++", str(KERNELS), str(HERE / "emulator" / "entry.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
-
-
-def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("block", [32, 64])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 31), (5, 96), (2, 129), (17, 64)])
-def test_quantize_and_dequantize(kernels, rows, columns, block, scale_dtype, dtype):
-    weight = torch.randn(rows, columns).to(dtype)
-    weight[0, :32] = 0
-    weight[-1, -1] = float("nan") if rows == 17 else 1e-6
-    codes, scales = int4_quantize_reference(weight, block, scale_dtype)
-    float32_scales = scale_dtype == torch.float32
-    made_codes, made_scales = torch.full_like(codes, 255), torch.full_like(scales, 255)
-    sizes = (ctypes.c_int64(rows), ctypes.c_int64(columns))
-    kernels.quantize(
-        pointer(weight), DTYPES.index(dtype), *sizes, block, float32_scales, pointer(made_codes), pointer(made_scales)
+@pytest.fixture(scope="module")
+def library() -> pathlib.Path:
+    python = f"-DPython3_EXECUTABLE={sys.executable}"
+    subprocess.run(
+        ["cmake", "-S", HERE / "emulator", "-B", BUILD, "-G", "Ninja", python], check=True, env=environment()
     )
-    assert made_codes.shape[1] == packed_columns(columns)
-    assert torch.equal(made_codes, codes)
-    expected, actual = scales.view(scale_dtype), made_scales.view(scale_dtype)
-    assert torch.equal(actual.isnan(), expected.isnan())
-    assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
+    subprocess.run(["cmake", "--build", BUILD], check=True, env=environment())
+    return BUILD / "libentrenar_emulated.so"
 
-    decoded = torch.full((rows, columns), torch.nan, dtype=dtype)
-    kernels.dequantize(
-        pointer(codes), pointer(scales), float32_scales, *sizes, block, DTYPES.index(dtype), pointer(decoded)
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment, with the build tools that are installed beside this Python."""
+    return os.environ | {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"} | extra
+
+
+@pytest.mark.parametrize("order", ["forward", "reversed"])
+def test_ops(library, order):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--emulated-cuda={library}", *TESTS]
+    done = subprocess.run(
+        [*command, "-k", "emulated"],
+        cwd=ROOT,
+        env=environment(ENTRENAR_EMULATOR_ORDER=order),
+        capture_output=True,
+        text=True,
     )
-    wanted = int4_dequantize_reference(codes, scales, columns, block, dtype)
-    assert torch.equal(decoded.nan_to_num(), wanted.nan_to_num())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout

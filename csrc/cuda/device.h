@@ -4,11 +4,28 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(ENTRENAR_EMULATED)
+#define ENTRENAR_DEVICE CPU  // the emulator runs kernels on the CPU's tensors
+#else
+#define ENTRENAR_DEVICE CUDA
+#endif
+
 // It lives in libtorch_cuda.so, which a CPU build of torch lacks: a strong reference would fail when this is loaded.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
     __attribute__((weak));
 
 namespace entrenar {
+
+#if defined(ENTRENAR_EMULATED)
+
+class OnDevice {
+ public:
+  explicit OnDevice(const torch::stable::Tensor&) {}
+  void* stream() const { return nullptr; }
+  void check(int launched) const { STD_TORCH_CHECK(launched == 0, "the kernel was not launched"); }
+};
+
+#else
 
 class OnDevice {
  public:
@@ -25,5 +42,7 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
+
+#endif
 
 }  // namespace entrenar
