@@ -15,6 +15,7 @@ BUILD = ROOT / "build" / "emulated"
 TESTS = [
     "tests/autograd/test_ops.py",
     "tests/autograd/test_int4.py",
+    "tests/optim/test_adamw.py",
 ]
 
 

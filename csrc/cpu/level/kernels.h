@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "../../adamw.h"
 #include "../../weight.h"
 #include "attention_block.h"
 
@@ -145,6 +146,9 @@ struct Kernels {
   void (*softmax_backward)(bool log, Dtype dtype, int64_t columns, int64_t row_begin, int64_t row_end, const void* dy,
                            const void* y, void* dx);
   void (*rotary)(const Rotary* r, int64_t row_begin, int64_t row_end);
+
+  // Elements [begin, end) of a parameter.
+  void (*adamw)(const AdamWStep* step, Dtype dtype, const AdamWTensor* tensor, int64_t begin, int64_t end);
 };
 
 // Sums over rows are kept in whole vectors of every level.
