@@ -18,7 +18,7 @@ GROUPS = [
 
 
 def parameters(dtype: torch.dtype, seed: int = 0) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in SHAPES]
 
 
@@ -29,7 +29,7 @@ def grouped(params: list[torch.nn.Parameter]) -> list[dict]:
 def run(optimizer, params, steps, *, first=0):
     """Random gradients of wide range, one in five missing, under a changing learning rate."""
     for step in range(first, steps):
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(step)
         for param in params:
             grad = torch.randn(param.shape, generator=generator, dtype=param.dtype)
             scale = 10 ** (torch.rand((), generator=generator, dtype=param.dtype) * 6 - 3)
@@ -84,7 +84,7 @@ def test_a_step_does_not_depend_on_threads_nor_on_what_is_beside_it(backend):
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(1)
         shapes = [(3,), (200, 333), (5, 7), (1,)]
         params = [torch.nn.Parameter(torch.randn(shape, generator=generator, device="cpu")) for shape in shapes]
         torch.set_num_threads(threads)
@@ -147,7 +147,7 @@ def test_first_update_by_hand():
 @given(seed=st.integers(0, 2**31), size=st.integers(1, 6), lr=st.floats(0.05, 0.5))
 def test_converges_on_convex_quadratics(seed, size, lr):
     """f(x) = ½ (x - x*)ᵀ H (x - x*) with eigenvalues of H in [0.1, 10]."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     eigenvalues = 10 ** (torch.rand(size, generator=generator, dtype=torch.float64) * 2 - 1)
     hessian = basis @ torch.diag(eigenvalues) @ basis.T
