@@ -1,4 +1,4 @@
-"""What the CUDA kernels take of a multiprocessor, as ptxas reports it: `python tests/cuda/budgets.py` writes the table."""
+"""What CUDA kernels take of a multiprocessor, as ptxas reports it; `python tests/cuda/budgets.py` writes the table."""
 
 from __future__ import annotations
 
