@@ -67,6 +67,7 @@ struct Thread {
 struct Warp {
   Barrier barrier;
   uint64_t lanes[32];
+  uint32_t a[32][4], b[32][2];  // of a product by the tensor cores
 };
 
 inline jmp_buf scheduler;
@@ -157,6 +158,28 @@ T shuffle(T value, const Source& source) {
   if (from >= 0 && from < 32) memcpy(&result, &warp.lanes[from], sizeof result);
   wait(warp.barrier, 32);
   return result;
+}
+
+// mma.sync.m16n8k16: the layout of its operands is PTX's.
+inline void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const unsigned lane = current % 32;
+  Warp& warp = warps[current / 32];
+  memcpy(warp.a[lane], a, sizeof a);
+  memcpy(warp.b[lane], b, sizeof b);
+  wait(warp.barrier, 32);
+  const auto element = [](const uint32_t* words, int word, int k) {
+    const uint32_t bits = (words[word] >> k % 2 * 16) << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  };
+  for (int i = 0; i < 4; i++) {
+    const unsigned row = lane / 4, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; k++) {
+      d[i] += element(warp.a[row * 4 + k % 8 / 2], i / 2 + k / 8 * 2, k) * element(warp.b[column * 4 + k % 8 / 2], k / 8, k);
+    }
+  }
+  wait(warp.barrier, 32);
 }
 
 }  // namespace emulator
