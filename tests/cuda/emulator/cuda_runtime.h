@@ -66,7 +66,7 @@ struct Thread {
 
 struct Warp {
   Barrier barrier;
-  uint64_t lanes[32];
+  alignas(16) char lanes[32][32];  // what each lane shows to the others
 };
 
 inline jmp_buf scheduler;
@@ -145,17 +145,26 @@ inline void run_block(size_t shared_bytes) {
   }
 }
 
-template <class T, class Source>
-T shuffle(T value, const Source& source) {
-  static_assert(sizeof(T) <= sizeof(uint64_t), "");
+// f(values, lane) in every lane of a warp, of the values of all its lanes.
+template <class T, class F>
+void with_warp(const T& value, const F& f) {
+  static_assert(sizeof(T) <= sizeof(Warp::lanes[0]), "");
   const unsigned lane = current % 32;
   Warp& warp = warps[current / 32];
-  memcpy(&warp.lanes[lane], &value, sizeof value);
+  const auto values = reinterpret_cast<T*>(warp.lanes);
+  memcpy(&values[lane], &value, sizeof value);
   wait(warp.barrier, 32);
-  const int from = source((int)lane);
+  f(static_cast<const T*>(values), static_cast<int>(lane));
+  wait(warp.barrier, 32);
+}
+
+template <class T, class Source>
+T shuffle(T value, const Source& source) {
   T result = value;
-  if (from >= 0 && from < 32) memcpy(&result, &warp.lanes[from], sizeof result);
-  wait(warp.barrier, 32);
+  with_warp(value, [&](const T* values, int lane) {
+    const int from = source(lane);
+    if (from >= 0 && from < 32) memcpy(&result, &values[from], sizeof result);
+  });
   return result;
 }
 
@@ -187,6 +196,18 @@ inline void __syncthreads() { emulator::wait(emulator::block_barrier, emulator::
 template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
+}
+
+template <class T>
+T __ldcs(const T* pointer) {
+  return *pointer;
+}
+
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = (uint64_t)high << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; i++) result |= (unsigned)(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
 }
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
