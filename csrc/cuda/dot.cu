@@ -9,6 +9,7 @@
 #include "dot.h"
 
 #include "async.h"
+#include "cluster.h"
 #include "floats.h"
 #include "mma.h"
 
@@ -20,7 +21,7 @@ constexpr int kWarps = 8;
 constexpr int kWarpRows = 16;                     // of W
 constexpr int kTile = 8;                          // columns of an instruction
 constexpr int kChunk = 4 * int4::kGroup;          // elements of a row that four lanes load, 16 bytes each
-constexpr int kAhead = 4;                         // chunks
+constexpr int kAhead = 2;                         // chunks
 constexpr int kPadding = 16;                      // elements; rows of x then lie in different banks
 constexpr int kPiece = 8;                         // elements of x in 16 bytes
 constexpr int kSharedBytes = 48 << 10;            // which a kernel may use unasked
@@ -32,21 +33,22 @@ struct Dot {
   const float* bias;
   void* y;
   int rows, parts, columns;  // of x; of an element, and the columns that parts of rows make
-  int row_warps, k_warps;  // of a block: over W's rows and over its columns
-  int step;              // chunks that a warp reads at once
-  int stage;             // chunks of x in shared memory
+  int row_warps, k_warps;    // of a block: over W's rows and over its columns
+  int split;                 // blocks of a cluster, over W's columns
+  int step;                  // chunks that a warp reads at once
+  int stage;                 // chunks of x in shared memory
   bool x_aligned;
 
   __device__ int stride() const { return stage * kChunk + kPadding; }
 };
 
 
-__device__ __forceinline__ uint32_t load_scale(const Weight& w, int64_t index) {
-  return w.float32_scales ? __ldcs((const uint32_t*)w.scales + index) : __ldcs((const uint16_t*)w.scales + index);
+__device__ __forceinline__ uint32_t load_scale(const void* scales, bool float32_scales, int index) {
+  return float32_scales ? __ldcs((const uint32_t*)scales + index) : __ldcs((const uint16_t*)scales + index);
 }
 
-__device__ __forceinline__ float scale_value(const Weight& w, uint32_t bits) {
-  return w.float32_scales ? int4::bits_float(bits) : Float<kFloat16>::widen((uint16_t)bits);
+__device__ __forceinline__ float scale_value(bool float32_scales, uint32_t bits) {
+  return float32_scales ? int4::bits_float(bits) : Float<kFloat16>::widen((uint16_t)bits);
 }
 
 // Codes of elements j..j+3 and j+16..j+19 of a group, as pairs of neighbours.
@@ -88,9 +90,9 @@ __device__ __forceinline__ void split(float x, uint16_t (&parts)[3]) {
 }
 
 // Chunks [begin, end) of x as columns of bfloat16 in shared memory: part p of row m is column p * rows + m.
-__device__ void stage_x(const Dot& d, int64_t begin, int64_t end, uint16_t* staged) {
-  const unsigned pieces = (unsigned)(end - begin) * (kChunk / kPiece);
-  const int64_t k = d.w.columns, first = begin * kChunk;
+__device__ void stage_x(const Dot& d, int begin, int end, uint16_t* staged) {
+  const unsigned pieces = (end - begin) * (kChunk / kPiece);
+  const int64_t k = d.w.columns, first = (int64_t)begin * kChunk;
   for (unsigned i = threadIdx.x; i < d.rows * pieces; i += blockDim.x) {
     const unsigned m = i / pieces, offset = i % pieces * kPiece;
     uint16_t* to = staged + m * d.stride() + offset;
@@ -122,45 +124,46 @@ __device__ void stage_x(const Dot& d, int64_t begin, int64_t end, uint16_t* stag
 template <int kTiles, int kBlock>
 struct Lane {
   static constexpr int kBlocks = kChunk / kBlock;       // of a chunk
+  static constexpr int kHeld = kAhead * kBlocks / 4;    // blocks of a step whose scales a lane holds: t, t + 4, ...
   static constexpr int kWords = kBlock / int4::kGroup;  // of a block's codes, in each of four lanes
 
   const Dot& d;
   const int t = threadIdx.x % 4, g = threadIdx.x % kWarp / 4;
+  const int groups = (int)int4::groups(d.w.columns), blocks = (int)int4::blocks(d.w.columns, kBlock);  // of a row
   const uint8_t* codes[2];  // of its rows
-  int64_t scales[2];
+  const uint8_t* scales[2];
   uint4 ahead[kAhead][2];
-  uint32_t scales_ahead[2][kBlocks];  // of chunk t of the next step
+  uint32_t scales_ahead[2][kHeld];
   float sums[kTiles][4] = {};
 
   __device__ Lane(const Dot& d, int64_t first_row) : d(d) {
     for (int r = 0; r < 2; r++) {
       const int64_t row = min(first_row + g + 8 * r, d.w.rows - 1);
-      codes[r] = d.w.codes + row * int4::row_bytes(d.w.columns);
-      scales[r] = row * int4::blocks(d.w.columns, kBlock);
+      codes[r] = d.w.codes + row * int4::row_bytes(d.w.columns) + t * int4::kGroupBytes;
+      scales[r] = (const uint8_t*)d.w.scales + row * blocks * (d.w.float32_scales ? 4 : 2);
     }
   }
 
-  __device__ __forceinline__ void load_codes(int i, int64_t chunk) {
-    const int64_t group = chunk * 4 + t;
-    const bool inside = group < int4::groups(d.w.columns);
+  __device__ __forceinline__ void load_codes(int i, int chunk) {
+    const bool inside = chunk * 4 + t < groups;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      ahead[i][r] = inside ? __ldcs((const uint4*)(codes[r] + group * int4::kGroupBytes)) : uint4{};
+      ahead[i][r] = inside ? __ldcs((const uint4*)(codes[r] + (int64_t)chunk * (4 * int4::kGroupBytes))) : uint4{};
     }
   }
 
-  __device__ __forceinline__ void load_scales(int64_t chunk, int chunks) {
+  __device__ __forceinline__ void load_scales(int chunk, int chunks) {
 #pragma unroll
-    for (int b = 0; b < kBlocks; b++) {
-      const int64_t block = (chunk + t) * kBlocks + b;
-      const bool inside = t < chunks && block < int4::blocks(d.w.columns, kBlock);
+    for (int h = 0; h < kHeld; h++) {
+      const int of_step = 4 * h + t, block = chunk * kBlocks + of_step;
+      const bool inside = of_step < chunks * kBlocks && block < blocks;
 #pragma unroll
-      for (int r = 0; r < 2; r++) scales_ahead[r][b] = inside ? load_scale(d.w, scales[r] + block) : 0;
+      for (int r = 0; r < 2; r++) scales_ahead[r][h] = inside ? load_scale(scales[r], d.w.float32_scales, block) : 0;
     }
   }
 
   // Begins to load the chunks that add() will be called with first.
-  __device__ __forceinline__ void load(int64_t chunk, int chunks) {
+  __device__ __forceinline__ void load(int chunk, int chunks) {
 #pragma unroll
     for (int i = 0; i < kAhead; i++) {
       if (i < chunks) load_codes(i, chunk + i);
@@ -169,26 +172,27 @@ struct Lane {
   }
 
   // Adds the products of loaded chunks with x, staged from their first on, and loads the next in their place.
-  __device__ __forceinline__ void add(int chunks, const uint16_t* x, int64_t next, int next_chunks) {
-    float scale[2][kBlocks];
+  __device__ __forceinline__ void add(int chunks, const uint16_t* x, int next, int next_chunks) {
+    float scale[2][kHeld];
 #pragma unroll
-    for (int b = 0; b < kBlocks; b++) {
+    for (int h = 0; h < kHeld; h++) {
 #pragma unroll
-      for (int r = 0; r < 2; r++) scale[r][b] = scale_value(d.w, scales_ahead[r][b]);
+      for (int r = 0; r < 2; r++) scale[r][h] = scale_value(d.w.float32_scales, scales_ahead[r][h]);
     }
     load_scales(next, next_chunks);
 #pragma unroll
     for (int i = 0; i < kAhead; i++) {
       if (i >= chunks) break;
-      const uint4 loaded[2] = {ahead[i][0], ahead[i][1]};
-      if (i < next_chunks) load_codes(i, next + i);
       uint32_t words[2][kBlocks][kWords];
 #pragma unroll
-      for (int r = 0; r < 2; r++) spread(loaded[r], words[r]);
+      for (int r = 0; r < 2; r++) spread(ahead[i][r], words[r]);
+      if (i < next_chunks) load_codes(i, next + i);
 #pragma unroll
       for (int b = 0; b < kBlocks; b++) {
-        const int from = (g * 4) | i;
-        const float s[2] = {__shfl_sync(kAllLanes, scale[0][b], from), __shfl_sync(kAllLanes, scale[1][b], from)};
+        const int of_step = i * kBlocks + b, from = g * 4 + of_step % 4;
+        float s[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) s[r] = __shfl_sync(kAllLanes, scale[r][of_step / 4], from);
         add_block(words[0][b], words[1][b], s, x + i * kChunk + b * kBlock);
       }
     }
@@ -256,21 +260,23 @@ struct Lane {
 };
 
 template <int kTiles, int kBlock>
-__global__ void __launch_bounds__(kWarps* kWarp) dot_kernel(const __grid_constant__ Dot d) {
+__global__ void __launch_bounds__(kWarps* kWarp, kTiles == 1 ? 3 : kTiles == 2 ? 2 : 1) dot_kernel(const __grid_constant__ Dot d) {
   auto* staged = (uint16_t*)shared_memory();
   const int warp = threadIdx.x / kWarp, k_warp = warp % d.k_warps, row_warp = warp / d.k_warps;
   const int block_rows = d.row_warps * kWarpRows;
-  const int64_t first_row = (int64_t)blockIdx.x * block_rows;
-  const int64_t end = (d.w.columns + kChunk - 1) / kChunk;
-  const int64_t stride = d.k_warps * d.step;
-  const auto chunks_at = [&](int64_t chunk) { return (int)max(min((int64_t)d.step, end - chunk), (int64_t)0); };
+  const unsigned rank = blockIdx.x % d.split;
+  const int64_t first_row = (int64_t)(blockIdx.x / d.split) * block_rows;
+  const int64_t chunks = (d.w.columns + kChunk - 1) / kChunk;
+  const int first = (int)(chunks * rank / d.split), end = (int)(chunks * (rank + 1) / d.split);
+  const int stride = d.k_warps * d.step;
+  const auto chunks_at = [&](int chunk) { return min(d.step, end - chunk); };
 
-  stage_x(d, 0, min((int64_t)d.stage, end), staged);
+  stage_x(d, first, min(first + d.stage, end), staged);
   Lane<kTiles, kBlock> lane(d, first_row + row_warp * kWarpRows);
-  int64_t chunk = k_warp * d.step;
+  int chunk = first + k_warp * d.step;
   lane.load(chunk, chunks_at(chunk));
-  for (int64_t begin = 0; begin < end; begin += d.stage) {
-    if (begin > 0) {
+  for (int begin = first; begin < end; begin += d.stage) {
+    if (begin > first) {
       __syncthreads();
       stage_x(d, begin, min(begin + d.stage, end), staged);
     }
@@ -292,14 +298,17 @@ __global__ void __launch_bounds__(kWarps* kWarp) dot_kernel(const __grid_constan
       partial[(k_warp * columns + column) * block_rows + row] = lane.sums[tile][i];
     }
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < d.rows * block_rows; i += blockDim.x) {
+  d.split > 1 ? cluster_barrier() : __syncthreads();
+  for (int i = rank * blockDim.x + threadIdx.x; i < d.rows * block_rows; i += d.split * blockDim.x) {
     const int m = i / block_rows, r = i % block_rows;
     const int64_t n = first_row + r;
     if (n >= d.w.rows) continue;
     float sum = 0;
     for (int p = d.parts - 1; p >= 0; p--) {  // the smallest first
-      for (int k = 0; k < d.k_warps; k++) sum += partial[(k * columns + p * d.rows + m) * block_rows + r];
+      for (int q = 0; q < d.split; q++) {
+        const float* of_rank = d.split > 1 ? of_block(partial, q) : partial;
+        for (int k = 0; k < d.k_warps; k++) sum += of_rank[(k * columns + p * d.rows + m) * block_rows + r];
+      }
     }
     if (d.bias) sum += d.bias[n];
     if (d.dtype == kFloat32) {
@@ -308,28 +317,57 @@ __global__ void __launch_bounds__(kWarps* kWarp) dot_kernel(const __grid_constan
       ((uint16_t*)d.y)[m * d.w.rows + n] = Float<kBFloat16>::narrow(sum);
     }
   }
+  if (d.split > 1) cluster_barrier();  // the others still read
 }
 
-template <int kTiles, int kBlock>
-int launch(Dot& d, void* stream) {
+// How the columns of W are shared out: over the warps of a block, or over the blocks of a cluster, whose warps then
+// share a part of x. It depends on W's columns, never on its rows: a row's sum is always taken in the same order.
+struct Plan {
+  int k_warps, split;
+};
+
+constexpr int kColumnsToSplit = 5;  // from which on reading x weighs more than a cluster's barriers
+
+Plan plan(const Dot& d) {
+  int device, major;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   const int64_t chunks = (d.w.columns + kChunk - 1) / kChunk;
-  d.k_warps = 1;
-  while (d.k_warps < kWarps && 2 * d.k_warps <= chunks) d.k_warps *= 2;
+  int parts = 1;
+  while (parts < kMostBlocksOfCluster && 2 * parts <= chunks) parts *= 2;
+  return major >= 9 && d.columns >= kColumnsToSplit ? Plan{1, parts} : Plan{parts, 1};
+}
+
+constexpr int64_t kBlocksToFill = 128;  // about the multiprocessors of a large GPU
+
+template <int kTiles, int kBlock>
+int launch(Dot d, const Plan& plan, void* stream) {
+  d.k_warps = plan.k_warps;
+  d.split = plan.split;
   d.row_warps = kWarps / d.k_warps;
+  const auto tiles = [&] { return (d.w.rows + d.row_warps * kWarpRows - 1) / (d.row_warps * kWarpRows); };
+  while (d.row_warps > 2 && tiles() * d.split < kBlocksToFill) d.row_warps /= 2;
+
+  const int64_t chunks = ((d.w.columns + kChunk - 1) / kChunk + d.split - 1) / d.split;  // of a block
   const auto x_bytes = [&](int stage) { return d.columns * (stage * kChunk + kPadding) * (int)sizeof(uint16_t); };
   d.step = kAhead;
   while (d.step > 1 && x_bytes(d.k_warps * d.step) > kSharedBytes) d.step /= 2;
-  const int64_t round = d.k_warps * d.step, rounds = max((chunks + round - 1) / round, (int64_t)1);
-  d.step = (int)((chunks + rounds * d.k_warps - 1) / (rounds * d.k_warps));
-  d.stage = d.k_warps * d.step;
-  const int partial_bytes = kWarps * kWarpRows * kTiles * kTile * (int)sizeof(float);
+  const int round = d.k_warps * d.step;
+  d.stage = round;
+  while (d.stage < chunks && x_bytes(d.stage + round) <= kSharedBytes) d.stage += round;
+  const int partial_bytes = d.k_warps * d.row_warps * kWarpRows * kTiles * kTile * (int)sizeof(float);
 
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = d.split;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  const int64_t block_rows = d.row_warps * kWarpRows;
-  config.gridDim = dim3((unsigned)((d.w.rows + block_rows - 1) / block_rows));
-  config.blockDim = dim3(kWarps * kWarp);
+  config.gridDim = dim3((unsigned)(tiles() * d.split));
+  config.blockDim = dim3(d.row_warps * d.k_warps * kWarp);
   config.dynamicSmemBytes = (size_t)max(x_bytes(d.stage), partial_bytes);
   config.stream = (cudaStream_t)stream;
+  config.attrs = &cluster;
+  config.numAttrs = d.split > 1;
   return cudaLaunchKernelEx(&config, dot_kernel<kTiles, kBlock>, d);
 }
 
@@ -349,7 +387,7 @@ int int4_dot_cuda(const Weight& w, Dtype dtype, const void* x, int64_t rows, con
   d.x_aligned = w.columns % kPiece == 0 && (uintptr_t)x % 16 == 0;
   const auto with_tiles = [&](auto tiles) {
     constexpr int kTiles = decltype(tiles)::value;
-    return w.block == 64 ? launch<kTiles, 64>(d, stream) : launch<kTiles, 32>(d, stream);
+    return w.block == 64 ? launch<kTiles, 64>(d, plan(d), stream) : launch<kTiles, 32>(d, plan(d), stream);
   };
   if (d.columns <= 1 * kTile) return with_tiles(std::integral_constant<int, 1>());
   if (d.columns <= 2 * kTile) return with_tiles(std::integral_constant<int, 2>());

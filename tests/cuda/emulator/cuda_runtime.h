@@ -39,11 +39,25 @@ struct alignas(16) float4 { float x, y, z, w; };
 
 typedef void* cudaStream_t;
 enum { cudaSuccess = 0 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+inline int cudaGetDevice(int* device) { return *device = 0; }
+inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 9, cudaSuccess; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -51,6 +65,7 @@ namespace emulator {
 
 constexpr size_t kStack = 1 << 16;
 constexpr size_t kSharedBytes = 227 << 10;
+constexpr unsigned kClusterBlocks = 8;
 
 struct Barrier {
   unsigned arrived = 0, generation = 0;
@@ -61,7 +76,7 @@ struct Thread {
   ucontext_t start;
   jmp_buf at;
   bool started = false, done = false;
-  dim3 index;
+  dim3 index, block;
 };
 
 struct Warp {
@@ -72,12 +87,13 @@ struct Warp {
 inline jmp_buf scheduler;
 inline std::vector<std::unique_ptr<Thread>> threads;  // they outlive their block, and begin anew in the next
 inline unsigned count;                                // of the threads in a block
+inline unsigned blocks;                               // of the cluster that runs
 inline std::vector<Warp> warps;
-inline Barrier block_barrier;
+inline Barrier block_barriers[kClusterBlocks], cluster_barrier;
 inline unsigned current;
 inline bool progress;
 inline std::function<void()> body;
-alignas(1024) inline char shared[kSharedBytes];
+alignas(1024) inline char shared[kClusterBlocks][kSharedBytes];
 
 // Fibers begin by makecontext, and are switched by jumps: swapcontext would call the system each time.
 inline void pause() {
@@ -95,6 +111,7 @@ inline void run_thread() {
 inline void resume() {
   Thread& thread = *threads[current];
   threadIdx = thread.index;
+  blockIdx = thread.block;
   if (_setjmp(scheduler)) return;
   if (thread.started) _longjmp(thread.at, 1);
   thread.started = true;
@@ -116,25 +133,41 @@ inline void wait(Barrier& barrier, unsigned count) {
   }
   progress = true;
   threadIdx = threads[self]->index;
+  blockIdx = threads[self]->block;
 }
 
-inline void run_block(size_t shared_bytes) {
+inline void wait_for_block() { wait(block_barriers[current / count], count); }
+inline void wait_for_cluster() { wait(cluster_barrier, count * blocks); }
+
+// The shared memory of the block that runs.
+inline char* shared_memory() { return shared[current / count]; }
+inline const char* of_block(const char* address, unsigned rank) { return address - shared_memory() + shared[rank]; }
+
+// Runs the blocks of a cluster, from blockIdx on, at once.
+inline void run_cluster(size_t shared_bytes) {
   static const char* const order = getenv("ENTRENAR_EMULATOR_ORDER");
   static const bool reversed = order && !strcmp(order, "reversed");
   count = blockDim.x * blockDim.y * blockDim.z;
-  memset(shared, 0xff, shared_bytes);
-  while (threads.size() < count) threads.emplace_back(new Thread);
-  for (unsigned i = 0; i < count; i++) {
-    threads[i]->done = false;
-    threads[i]->index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+  if (blocks > 1 && count % 32) abort();  // a warp would reach into the next block
+  const unsigned total = count * blocks;
+  for (unsigned b = 0; b < blocks; b++) {
+    memset(shared[b], 0xff, shared_bytes);
+    block_barriers[b] = {};
   }
-  warps.assign((count + 31) / 32, {});
-  block_barrier = {};
-  for (unsigned done = 0; done < count;) {
+  cluster_barrier = {};
+  while (threads.size() < total) threads.emplace_back(new Thread);
+  for (unsigned i = 0; i < total; i++) {
+    const unsigned t = i % count;
+    threads[i]->done = false;
+    threads[i]->index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y);
+    threads[i]->block = dim3(blockIdx.x + i / count, blockIdx.y, blockIdx.z);
+  }
+  warps.assign((total + 31) / 32, {});
+  for (unsigned done = 0; done < total;) {
     done = 0;
     progress = false;
-    for (unsigned i = 0; i < count; i++) {
-      current = reversed ? count - 1 - i : i;
+    for (unsigned i = 0; i < total; i++) {
+      current = reversed ? total - 1 - i : i;
       if (!threads[current]->done) resume();
       done += threads[current]->done;
     }
@@ -191,7 +224,7 @@ T __shfl_up_sync(unsigned, T value, int offset) {
 }
 
 inline void __syncwarp(unsigned = ~0u) { emulator::wait(emulator::warps[emulator::current / 32].barrier, 32); }
-inline void __syncthreads() { emulator::wait(emulator::block_barrier, emulator::count); }
+inline void __syncthreads() { emulator::wait_for_block(); }
 
 template <class T>
 T __ldg(const T* pointer) {
@@ -219,11 +252,12 @@ int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Paramete
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   emulator::body = [=] { kernel(arguments...); };
+  emulator::blocks = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
   for (unsigned z = 0; z < gridDim.z; z++) {
     for (unsigned y = 0; y < gridDim.y; y++) {
-      for (unsigned x = 0; x < gridDim.x; x++) {
+      for (unsigned x = 0; x < gridDim.x; x += emulator::blocks) {
         blockIdx = dim3(x, y, z);
-        emulator::run_block(config->dynamicSmemBytes);
+        emulator::run_cluster(config->dynamicSmemBytes);
       }
     }
   }
