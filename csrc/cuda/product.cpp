@@ -4,6 +4,7 @@
 
 #include "blas.h"
 #include "device.h"
+#include "dot.h"
 #include "int4.h"
 
 namespace entrenar {
@@ -40,11 +41,23 @@ void multiply_decoded(const Tensor& x, const Weight& w, bool transposed, const T
   addmm(y, self, x, transposed ? torch::stable::transpose(decoded, 0, 1) : decoded, beta);
 }
 
+// Straight from the codes.
+void multiply_few(const Tensor& x, const Weight& w, const std::optional<Tensor>& bias, Tensor& y) {
+  check_aligned(w);
+  std::optional<Tensor> own;
+  if (bias) own = packed(*bias);
+  const OnDevice device(x);
+  device.check(int4_dot_cuda(w, dtype_of(x, "x"), x.const_data_ptr(), rows_of(x),
+                             own ? own->const_data_ptr<float>() : nullptr, y.mutable_data_ptr(), device.stream()));
+}
+
 }  // namespace
 
 void multiply(const Tensor& x, const Weight& w, bool transposed, const std::optional<Tensor>& bias, Tensor& y) {
   if (y.numel() == 0) return;
-  if (bias) {
+  if (transposed && rows_of(x) <= most_dot_rows(dtype_of(x, "x"))) {
+    multiply_few(x, w, bias, y);
+  } else if (bias) {
     multiply_decoded(x, w, transposed, torch::stable::to(*bias, y.scalar_type()), 1.0, y);
   } else {
     multiply_decoded(x, w, transposed, y, 0.0, y);

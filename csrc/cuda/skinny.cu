@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kProjectWarps * kWarp)
           for (int half = 0; half < 2; half++) {
             const Octet &upper = rows_of_x[2 * half][h], &lower = rows_of_x[2 * half + 1][h];
             const uint32_t a[4] = {upper.at[word], lower.at[word], upper.at[word + 1], lower.at[word + 1]};
-            mma_bfloat16(sums[j][half], a, b);
+            mma_bf16_16x8x16(sums[j][half], a, b);
           }
         }
       }
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kOuterWarps * kWarp)
         b[i] = (wides[2 * i].at[c / 2] >> shift & 0xffff) | wides[2 * i + 1].at[c / 2] >> shift << 16;
       }
 #pragma unroll
-      for (int j = 0; j < tiles; j++) mma_bfloat16(sums[j][c], a[j], b);
+      for (int j = 0; j < tiles; j++) mma_bf16_16x8x16(sums[j][c], a[j], b);
     }
   }
 

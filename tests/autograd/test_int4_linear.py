@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from entrenar.autograd.ops import int4_dequantize, int4_linear, int4_lora_linear, int4_quantize
+from entrenar.autograd.ops._library import LEVELS
 from entrenar.autograd.ops.int4_linear import int4_linear_reference, int8_rows_reference
 
 
@@ -50,6 +51,48 @@ def test_error_is_that_of_float32_sums_and_one_rounding(backend, m, n, k, block,
             bound += 2**-8 * terms
     y = int4_linear(x, codes, scales, bias, block=block)
     assert ((y.double() - expected).abs() <= bound).all()
+
+
+@given(
+    st.integers(1, 16),
+    st.one_of(st.integers(1, 40), st.sampled_from([127, 129, 300])),
+    st.one_of(st.integers(1, 300), st.sampled_from([512, 576, 1000, 1023, 1024, 2047, 4096, 5000])),
+    st.sampled_from([32, 64]),
+    st.sampled_from([torch.float16, torch.float32]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_few_rows_lose_no_more_than_float32_sums_do(backend, m, n, k, block, scale_dtype, dtype, biased, seed):
+    if dtype == torch.bfloat16 and m > FEW_ROWS and backend in LEVELS:
+        m = FEW_ROWS
+    torch.manual_seed(seed)
+    codes, scales = int4_quantize(torch.randn(n, k), block=block, scale_dtype=scale_dtype)
+    codes = torch.randint_like(codes, 256)
+    x = (torch.randn(m, k) * torch.randn(m, k).exp()).to(dtype)
+    bias = torch.randn(n) if biased else None
+    weight = int4_dequantize(codes, scales, k, block=block).double()
+    expected, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    if bias is not None:
+        expected, terms = expected + bias, terms + bias.abs()
+    bound = (k + 8) * 2**-24 * terms
+    if dtype == torch.bfloat16:
+        bound += 2**-8 * expected.abs() * (1 + 2**-8)
+    y = int4_linear(x, codes, scales, bias, block=block)
+    assert ((y.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 4e37, 1e-40])
+def test_rows_keep_to_themselves_what_is_not_finite(backend, value):
+    codes, scales = int4_quantize(torch.eye(64))
+    x = torch.ones(5, 64)
+    x[1, 7] = value
+    y = int4_linear(x, codes, scales)
+    exact = x.double() @ int4_dequantize(codes, scales, 64).double().T
+    others = torch.arange(5) != 1
+    torch.testing.assert_close(y[others].double(), exact[others])
+    torch.testing.assert_close(y[1].double(), exact[1], equal_nan=True)
 
 
 def test_a_column_does_not_depend_on_what_lies_beside_it(backend):
