@@ -32,11 +32,17 @@ inline Dtype float_dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
+inline void check_device(const Tensor& tensor, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(tensor.get_device_index() == x.get_device_index(), name,
+                  " must be on the device of the other tensors");
+}
+
 inline void check_like(const Tensor& tensor, const char* name, const Tensor& x) {
   const auto sizes = tensor.sizes(), expected = x.sizes();
   STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type() &&
                       std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()),
                   name, " must have the shape and dtype of the other tensors");
+  check_device(tensor, name, x);
 }
 
 inline void check_device(const Tensor& tensor, const Tensor& x) {

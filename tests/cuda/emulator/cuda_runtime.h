@@ -38,7 +38,6 @@ struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 
 typedef void* cudaStream_t;
-enum { cudaSuccess = 0 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -48,6 +47,7 @@ struct cudaLaunchAttribute {
     } clusterDim;
   } val;
 };
+enum { cudaSuccess = 0, cudaErrorAssert = 710 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
@@ -92,6 +92,7 @@ inline std::vector<Warp> warps;
 inline Barrier block_barriers[kClusterBlocks], cluster_barrier;
 inline unsigned current;
 inline bool progress;
+inline bool asserted;  // whether an assertion of a thread has failed in this launch
 inline std::function<void()> body;
 alignas(1024) inline char shared[kClusterBlocks][kSharedBytes];
 
@@ -120,6 +121,15 @@ inline void resume() {
   thread.start.uc_stack.ss_size = kStack;
   makecontext(&thread.start, run_thread, 0);
   setcontext(&thread.start);
+}
+
+// The thread ends, as every thread of its block must; it begins anew in the next.
+inline void fail(const char* assertion) {
+  fprintf(stderr, "block %u, thread %u: assertion `%s` failed\n", blockIdx.x, threadIdx.x, assertion);
+  Thread& self = *threads[current];
+  asserted = self.done = progress = true;
+  self.started = false;
+  pause();
 }
 
 inline void wait(Barrier& barrier, unsigned count) {
@@ -247,12 +257,27 @@ inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 
+#undef assert
+#define assert(condition) ((condition) ? (void)0 : emulator::fail(#condition))
+
+enum { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = emulator::kSharedBytes, cudaSuccess; }
+
+template <class Kernel>
+int cudaFuncSetAttribute(Kernel, int, int) {
+  return cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
 int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   emulator::body = [=] { kernel(arguments...); };
   emulator::blocks = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
+  emulator::asserted = false;
   for (unsigned z = 0; z < gridDim.z; z++) {
     for (unsigned y = 0; y < gridDim.y; y++) {
       for (unsigned x = 0; x < gridDim.x; x += emulator::blocks) {
@@ -261,5 +286,5 @@ int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Paramete
       }
     }
   }
-  return cudaSuccess;
+  return emulator::asserted ? cudaErrorAssert : cudaSuccess;
 }
