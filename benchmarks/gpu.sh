@@ -11,7 +11,6 @@ out=${OUT:-build/gpu}
 mkdir -p "$out"
 export PATH="$PATH:/usr/local/cuda/bin"
 export PYTHONPATH="$PWD/.gpu/site:$PWD"
-export CUBLAS_WORKSPACE_CONFIG=:4096:8  # torch's deterministic mode, which the tests turn on, asks for it
 
 build() {
   local capability
