@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import warnings
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 
 import entrenar
 from entrenar.autograd.ops._library import LEVELS
+
+# cuBLAS keeps to torch's deterministic mode only with this; it is read when the first product runs.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_addoption(parser):
