@@ -25,9 +25,10 @@ build() {
 # The emulator and the stand-ins of test_attention_cuda.py need no GPU. Warnings are those of other versions of packages.
 test_() {
   local workers=()
-  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-  "$python" -m pytest -q -W default -k 'cuda or gpu' "${workers[@]}" --junitxml="$out/test.xml" \
-    --ignore=tests/cuda/test_emulated.py --ignore=tests/autograd/test_attention_cuda.py tests
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 12)
+  OMP_NUM_THREADS=1 "$python" -m pytest -q -W default --device cuda "${workers[@]}" --junitxml="$out/test.xml" \
+    --ignore=tests/cuda/test_emulated.py --ignore=tests/autograd/test_attention_cuda.py \
+    tests/autograd tests/optim tests/lora tests/fusion tests/cuda tests/training/test_gpu.py
 }
 
 # Only the package's own kernels: torch's would take minutes.
