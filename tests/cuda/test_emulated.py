@@ -15,6 +15,8 @@ BUILD = ROOT / "build" / "emulated"
 TESTS = [
     "tests/autograd/test_ops.py",
     "tests/autograd/test_int4.py",
+    "tests/autograd/test_int4_linear.py",
+    "tests/autograd/test_int4_lora_linears.py",
 ]
 
 
