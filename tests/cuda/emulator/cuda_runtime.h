@@ -212,6 +212,11 @@ T __ldg(const T* pointer) {
   return *pointer;
 }
 
+template <class T>
+void __stcg(T* pointer, T value) {
+  *pointer = value;
+}
+
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
