@@ -10,7 +10,10 @@ namespace entrenar {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnits = 2;  // of a thread, so that several loads are in flight
+
+// Units of a thread: several, so that as many loads are in flight.
+template <bool wide>
+constexpr int kUnitsOf = wide ? 2 : 1;
 
 // A thread's unit of a group is a run of its code bytes: their low nibbles stand for elements that fill 16 bytes of the
 // matrix, and so do the high ones. Neighbouring threads then fill whole sectors of memory by its widest accesses.
@@ -24,27 +27,37 @@ struct Unit {
 
   int64_t byte, column;  // where it begins in the row of codes, and its low elements in the row of the matrix
 
-  __device__ explicit Unit(int index)
-      : byte((((int64_t)blockIdx.x * kUnits + index) * blockDim.x + threadIdx.x) * kBytes),
+  __device__ Unit(int index, int units)
+      : byte((((int64_t)blockIdx.x * units + index) * blockDim.x + threadIdx.x) * kBytes),
         column(byte / int4::kGroupBytes * int4::kGroup + byte % int4::kGroupBytes) {}
 
-  // Elements [column, column + kBytes) of a row, zeros from `columns` on; `wide` where they are 16 aligned bytes.
-  static __device__ Elements load(const Bits* row, int64_t column, int64_t columns, bool wide) {
-    if (wide && column + kBytes <= columns) return *(const Elements*)(row + column);
-    Elements run;
+  // Elements [column, column + kBytes) of a row, zeros from `columns` on. Where rows are `wide`, that is begin at
+  // multiples of 16 bytes, a run that begins in one also ends there, if need be in what pads it.
+  template <bool wide>
+  static __device__ Elements load(const Bits* row, int64_t column, int64_t columns) {
+    Elements run = {};
+    if constexpr (wide) {
+      if (column < columns) run = *(const Elements*)(row + column);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kBytes; i++) run.at[i] = column + i < columns ? row[column + i] : Bits(0);
+      for (int i = 0; i < kBytes; i++) {
+        if (column + i < columns) run.at[i] = row[column + i];
+      }
+    }
     return run;
   }
 
-  static __device__ void store(const Elements& run, Bits* row, int64_t column, int64_t columns, bool wide) {
-    if (wide && column + kBytes <= columns) {
-      *(Elements*)(row + column) = run;
-      return;
-    }
+  template <bool wide>
+  static __device__ void store(const Elements& run, Bits* row, int64_t column, int64_t columns) {
+    if constexpr (wide) {
+      uint4 words;
+      __builtin_memcpy(&words, &run, sizeof words);
+      if (column < columns) __stcg((uint4*)(row + column), words);  // a plain store, the compiler may cut in four
+    } else {
 #pragma unroll
-    for (int i = 0; i < kBytes; i++) {
-      if (column + i < columns) row[column + i] = run.at[i];
+      for (int i = 0; i < kBytes; i++) {
+        if (column + i < columns) row[column + i] = run.at[i];
+      }
     }
   }
 };
@@ -55,11 +68,12 @@ __device__ int64_t row_step() { return (int64_t)gridDim.y * blockDim.y; }
 // 1.5 * 2^23: added to a small float, it rounds it half to even into the last bits of the sum.
 constexpr float kMagic = 12582912.0f;
 
-template <Dtype dtype, Dtype scale_dtype, int block>
+template <Dtype dtype, Dtype scale_dtype, int block, bool wide>
 __global__ void __launch_bounds__(kThreads)
-    quantize_kernel(const typename Float<dtype>::Bits* weight, int64_t rows, int64_t columns, bool wide, uint8_t* codes,
+    quantize_kernel(const typename Float<dtype>::Bits* weight, int64_t rows, int64_t columns, uint8_t* codes,
                     typename Float<scale_dtype>::Bits* scales) {
   using Unit = Unit<dtype>;
+  constexpr int kUnits = kUnitsOf<wide>;
   using F = Float<dtype>;
   using S = Float<scale_dtype>;
   constexpr int kLanes = block / int4::kGroup * Unit::kOfGroup;  // that share a scale
@@ -70,13 +84,13 @@ __global__ void __launch_bounds__(kThreads)
     typename Unit::Elements runs[kUnits][2];
 #pragma unroll
     for (int u = 0; u < kUnits; u++) {
-      const Unit unit(u);
-      runs[u][0] = Unit::load(from, unit.column, columns, wide);
-      runs[u][1] = Unit::load(from, unit.column + int4::kGroupBytes, columns, wide);
+      const Unit unit(u, kUnits);
+      runs[u][0] = Unit::template load<wide>(from, unit.column, columns);
+      runs[u][1] = Unit::template load<wide>(from, unit.column + int4::kGroupBytes, columns);
     }
 #pragma unroll
     for (int u = 0; u < kUnits; u++) {
-      const Unit unit(u);
+      const Unit unit(u, kUnits);
       uint32_t absmax = 0;  // as integers, magnitudes order like floats with infinity and NaN above them all
 #pragma unroll
       for (int i = 0; i < 2 * Unit::kBytes; i++) {
@@ -89,17 +103,16 @@ __global__ void __launch_bounds__(kThreads)
       const auto stored = S::narrow(int4::bits_float(absmax) / int4::kMaxCode);
       const float s = S::widen(stored);
       const bool usable = s > 0 && s <= 3.402823466e38f;
+      const float divisor = usable ? s : 1.0f;
 
       typename Unit::Codes packed;
 #pragma unroll
       for (int i = 0; i < Unit::kBytes; i++) {
-        uint32_t nibbles[2] = {int4::kZeroNibble, int4::kZeroNibble};
+        uint32_t nibbles[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          if (usable) {
-            const float q = fminf(fmaxf(F::widen(runs[u][half].at[i]) / s, -int4::kMaxCode), int4::kMaxCode);
-            nibbles[half] = (int4::float_bits(q + kMagic) + int4::kZeroNibble) & 15;
-          }
+          const float q = fminf(fmaxf(F::widen(runs[u][half].at[i]) / divisor, -int4::kMaxCode), int4::kMaxCode);
+          nibbles[half] = usable ? (int4::float_bits(q + kMagic) + int4::kZeroNibble) & 15 : int4::kZeroNibble;
         }
         packed.at[i] = nibbles[0] | nibbles[1] << 4;
       }
@@ -111,11 +124,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <Dtype dtype, Dtype scale_dtype, int block>
+template <Dtype dtype, Dtype scale_dtype, int block, bool wide>
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const uint8_t* codes, const typename Float<scale_dtype>::Bits* scales, int64_t rows,
-                      int64_t columns, typename Float<dtype>::Bits* out, int64_t stride, bool wide) {
+                      int64_t columns, typename Float<dtype>::Bits* out, int64_t stride) {
   using Unit = Unit<dtype>;
+  constexpr int kUnits = kUnitsOf<wide>;
   const int64_t row_bytes = int4::row_bytes(columns), blocks = int4::blocks(columns, block);
 
   for (int64_t row = first_row(); row < rows; row += row_step()) {
@@ -123,14 +137,14 @@ __global__ void __launch_bounds__(kThreads)
     typename Float<scale_dtype>::Bits s[kUnits];
 #pragma unroll
     for (int u = 0; u < kUnits; u++) {
-      const Unit unit(u);
+      const Unit unit(u, kUnits);
       if (unit.byte >= row_bytes) break;
       packed[u] = *(const typename Unit::Codes*)(codes + row * row_bytes + unit.byte);
       s[u] = scales[row * blocks + unit.column / block];
     }
 #pragma unroll
     for (int u = 0; u < kUnits; u++) {
-      const Unit unit(u);
+      const Unit unit(u, kUnits);
       if (unit.byte >= row_bytes) break;
       const float scale = Float<scale_dtype>::widen(s[u]);
 #pragma unroll
@@ -143,7 +157,7 @@ __global__ void __launch_bounds__(kThreads)
                           (8388608.0f + int4::kZeroNibble);
           run.at[i] = Float<dtype>::narrow(q * scale);
         }
-        Unit::store(run, out + row * stride, unit.column + half * int4::kGroupBytes, columns, wide);
+        Unit::template store<wide>(run, out + row * stride, unit.column + half * int4::kGroupBytes, columns);
       }
     }
   }
@@ -151,27 +165,32 @@ __global__ void __launch_bounds__(kThreads)
 
 // A unit for each thread of a row in x, rows in y.
 template <Dtype dtype>
-cudaLaunchConfig_t launch_over(int64_t rows, int64_t columns, void* stream) {
+cudaLaunchConfig_t launch_over(int64_t rows, int64_t columns, bool wide, void* stream) {
   const int64_t units = int4::groups(columns) * Unit<dtype>::kOfGroup;
+  const unsigned each = wide ? kUnitsOf<true> : kUnitsOf<false>;
   unsigned width = kWarp;
-  while (width < kThreads && (int64_t)width * kUnits < units) width *= 2;
+  while (width < kThreads && (int64_t)width * each < units) width *= 2;
   const unsigned height = kThreads / width;
   cudaLaunchConfig_t config = {};
   config.blockDim = dim3(width, height);
-  config.gridDim = dim3((unsigned)((units + width * kUnits - 1) / (width * kUnits)),
+  config.gridDim = dim3((unsigned)((units + width * each - 1) / (width * each)),
                         (unsigned)std::min<int64_t>((rows + height - 1) / height, 65535));
   config.stream = (cudaStream_t)stream;
   return config;
 }
 
+// f(scale_dtype, block, wide) with constants: a kernel for each.
 template <class F>
-auto with_scales(bool float32_scales, int block, const F& f) {
-  using Half = std::integral_constant<Dtype, kFloat16>;
-  using Single = std::integral_constant<Dtype, kFloat32>;
-  using Long = std::integral_constant<int, 64>;
-  using Short = std::integral_constant<int, 32>;
-  if (block == 64) return float32_scales ? f(Single(), Long()) : f(Half(), Long());
-  return float32_scales ? f(Single(), Short()) : f(Half(), Short());
+int specialized(bool float32_scales, int block, bool wide, const F& f) {
+  const auto with_wide = [&](auto scale_dtype, auto constant_block) {
+    return wide ? f(scale_dtype, constant_block, std::true_type()) : f(scale_dtype, constant_block, std::false_type());
+  };
+  const auto with_block = [&](auto scale_dtype) {
+    return block == 64 ? with_wide(scale_dtype, std::integral_constant<int, 64>())
+                       : with_wide(scale_dtype, std::integral_constant<int, 32>());
+  };
+  return float32_scales ? with_block(std::integral_constant<Dtype, kFloat32>())
+                        : with_block(std::integral_constant<Dtype, kFloat16>());
 }
 
 bool aligned(const void* memory, int64_t row_bytes) { return ((uintptr_t)memory | (uintptr_t)row_bytes) % 16 == 0; }
@@ -180,11 +199,13 @@ template <Dtype dtype>
 int quantize(const void* weight, int64_t rows, int64_t columns, int block, bool float32_scales, uint8_t* codes,
              void* scales, void* stream) {
   using Bits = typename Float<dtype>::Bits;
-  return with_scales(float32_scales, block, [&](auto scale_dtype, auto constant_block) {
+  const bool wide = aligned(weight, columns * sizeof(Bits));
+  const cudaLaunchConfig_t config = launch_over<dtype>(rows, columns, wide, stream);
+  return specialized(float32_scales, block, wide, [&](auto scale_dtype, auto constant_block, auto constant_wide) {
     constexpr Dtype kScale = decltype(scale_dtype)::value;
-    const cudaLaunchConfig_t config = launch_over<dtype>(rows, columns, stream);
-    return (int)cudaLaunchKernelEx(&config, quantize_kernel<dtype, kScale, decltype(constant_block)::value>,
-                                   (const Bits*)weight, rows, columns, aligned(weight, columns * sizeof(Bits)), codes,
+    constexpr auto kernel =
+        quantize_kernel<dtype, kScale, decltype(constant_block)::value, decltype(constant_wide)::value>;
+    return (int)cudaLaunchKernelEx(&config, kernel, (const Bits*)weight, rows, columns, codes,
                                    (typename Float<kScale>::Bits*)scales);
   });
 }
@@ -192,12 +213,14 @@ int quantize(const void* weight, int64_t rows, int64_t columns, int block, bool 
 template <Dtype dtype>
 int dequantize(const Weight& w, void* out, int64_t stride, void* stream) {
   using Bits = typename Float<dtype>::Bits;
-  return with_scales(w.float32_scales, w.block, [&](auto scale_dtype, auto constant_block) {
+  const bool wide = aligned(out, stride * sizeof(Bits));
+  const cudaLaunchConfig_t config = launch_over<dtype>(w.rows, w.columns, wide, stream);
+  return specialized(w.float32_scales, w.block, wide, [&](auto scale_dtype, auto constant_block, auto constant_wide) {
     constexpr Dtype kScale = decltype(scale_dtype)::value;
-    const cudaLaunchConfig_t config = launch_over<dtype>(w.rows, w.columns, stream);
-    return (int)cudaLaunchKernelEx(&config, dequantize_kernel<dtype, kScale, decltype(constant_block)::value>, w.codes,
-                                   (const typename Float<kScale>::Bits*)w.scales, w.rows, w.columns, (Bits*)out, stride,
-                                   aligned(out, stride * sizeof(Bits)));
+    constexpr auto kernel =
+        dequantize_kernel<dtype, kScale, decltype(constant_block)::value, decltype(constant_wide)::value>;
+    return (int)cudaLaunchKernelEx(&config, kernel, w.codes, (const typename Float<kScale>::Bits*)w.scales, w.rows,
+                                   w.columns, (Bits*)out, stride);
   });
 }
 

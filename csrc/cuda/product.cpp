@@ -12,8 +12,8 @@ namespace entrenar {
 Tensor matrix(const Tensor& x) { return torch::stable::view(x, {rows_of(x), x.size(-1)}); }
 
 void check_aligned(const Weight& w) {
-  const auto lies_at = [](const void* memory, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(memory) % bytes == 0; };
-  STD_TORCH_CHECK(lies_at(w.codes, int4::kGroupBytes) && lies_at(w.scales, w.float32_scales ? 4 : 2),
+  const auto codes = reinterpret_cast<uintptr_t>(w.codes), scales = reinterpret_cast<uintptr_t>(w.scales);
+  STD_TORCH_CHECK(codes % int4::kGroupBytes == 0 && scales % (w.float32_scales ? 4 : 2) == 0,
                   "codes must begin at a multiple of 16 bytes, and scales at one of a scale's: clone them");
 }
 

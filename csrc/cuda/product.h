@@ -15,6 +15,7 @@ Tensor matrix(const Tensor& x);
 void multiply(const Tensor& x, const Weight& w, bool transposed, const std::optional<Tensor>& bias, Tensor& y);
 void multiply_add(const Tensor& x, const Weight& w, bool transposed, Tensor& y);
 
+// Kernels read codes and scales in whole words.
 void check_aligned(const Weight& w);
 
 void refuse_int8(bool int8);

@@ -15,14 +15,17 @@ using Octet = Pack<uint32_t, 4>;  // 8 elements of a row
 
 constexpr int kMostTiles = 4;  // whose sums fit a kernel's registers: more ranks are as many passes
 
-__device__ Octet load_octet(const uint16_t* row, int64_t column, int64_t columns, bool wide) {
-  if (wide && column + 8 <= columns) return *(const Octet*)(row + column);
-  Octet octet;
+// Zeros from `columns` on. Where rows are `wide`, that is begin at multiples of 16 bytes, so does each octet.
+template <bool wide>
+__device__ Octet load_octet(const uint16_t* row, int64_t column, int64_t columns) {
+  Octet octet = {};
+  if constexpr (wide) {
+    if (column < columns) octet = *(const Octet*)(row + column);
+  } else {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const uint32_t low = column + 2 * i < columns ? row[column + 2 * i] : 0;
-    const uint32_t high = column + 2 * i + 1 < columns ? row[column + 2 * i + 1] : 0;
-    octet.at[i] = low | high << 16;
+    for (int i = 0; i < 8; i++) {
+      if (column + i < columns) octet.at[i / 2] |= (uint32_t)row[column + i] << i % 2 * 16;
+    }
   }
   return octet;
 }
@@ -36,16 +39,16 @@ __global__ void factor_kernel(const float* from, int64_t rank, int64_t columns, 
   }
 }
 
-// A block's warps share 32 rows of x and 8 * tiles ranks; each takes every 16th step of 64 columns. The order of columns
-// within a step does not matter to a sum, so that each lane may feed the tensor cores what it read in one piece.
+// A block's warps share 32 rows of x and 8 * tiles ranks; each takes every 16th step of 64 columns. Within a step the
+// order of columns does not matter to a sum, so that each lane may feed the tensor cores what it read in one piece.
 constexpr int kProjectWarps = 16;
 constexpr int kProjectRows = 32;
 constexpr int kStep = 64;
 
-template <int tiles>
+template <int tiles, bool wide>
 __global__ void __launch_bounds__(kProjectWarps * kWarp)
     project_kernel(const uint16_t* x, const uint16_t* factor, int64_t rows, int64_t columns, int64_t rank, float scale,
-                   bool wide, uint16_t* out) {
+                   uint16_t* out) {
   auto* partial = (float(*)[kProjectRows * 8])shared_memory();  // of each warp
   const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
   const int64_t first_row = (int64_t)blockIdx.x * kProjectRows, first_rank = (int64_t)blockIdx.y * 8 * tiles;
@@ -58,14 +61,14 @@ __global__ void __launch_bounds__(kProjectWarps * kWarp)
     for (int i = 0; i < 4; i++) {
       const uint16_t* row = x + min(first_row + 8 * i + g, rows - 1) * columns;
 #pragma unroll
-      for (int h = 0; h < 2; h++) rows_of_x[i][h] = load_octet(row, column + 32 * h, columns, wide);
+      for (int h = 0; h < 2; h++) rows_of_x[i][h] = load_octet<wide>(row, column + 32 * h, columns);
     }
 #pragma unroll
     for (int j = 0; j < tiles; j++) {
       const uint16_t* row = factor + min(first_rank + 8 * j + g, rank - 1) * columns;
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const Octet of_rank = load_octet(row, column + 32 * h, columns, wide);
+        const Octet of_rank = load_octet<wide>(row, column + 32 * h, columns);
 #pragma unroll
         for (int word = 0; word < 4; word += 2) {  // 16 columns: two words of the octet of each lane
           const uint32_t b[2] = {of_rank.at[word], of_rank.at[word + 1]};
@@ -107,10 +110,10 @@ constexpr int kOuterColumns = 64;
 constexpr int kOuterStep = 16;
 constexpr int kOuterBlocks = 256;  // wanted, to fill a GPU twice
 
-template <int tiles>
+template <int tiles, bool wide>
 __global__ void __launch_bounds__(kOuterWarps * kWarp)
     outer_kernel(const uint16_t* narrow, const uint16_t* x, int64_t rows, int64_t rank, int64_t columns,
-                 int64_t part_rows, bool wide, bool transposed, float* out) {
+                 int64_t part_rows, bool transposed, float* out) {
   auto* partial = (float(*)[16 * kOuterColumns])shared_memory();  // of each warp
   const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
   const int64_t first_column = (int64_t)blockIdx.x * kOuterColumns, first_rank = (int64_t)blockIdx.z * 16 * tiles;
@@ -127,7 +130,7 @@ __global__ void __launch_bounds__(kOuterWarps * kWarp)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const bool inside = row + i < end;
-      wides[i] = inside ? load_octet(x + (row + i) * columns, first_column + 8 * g, columns, wide) : Octet{};
+      wides[i] = inside ? load_octet<wide>(x + (row + i) * columns, first_column + 8 * g, columns) : Octet{};
 #pragma unroll
       for (int j = 0; j < tiles; j++) {
 #pragma unroll
@@ -188,13 +191,14 @@ __global__ void sum_kernel(const float* parts, int count, int64_t numel, float* 
   out[i] = sum;
 }
 
-// f(tiles) with a number of tiles that is known when f is compiled: the fewest that hold the rank, or the most.
+// f(tiles, wide) with constants: the fewest tiles that hold the rank, or the most.
 template <int width, int most = kMostTiles, class F>
-auto with_tiles(int64_t rank, const F& f) {
+int specialized(int64_t rank, bool wide, const F& f) {
   if constexpr (most > 1) {
-    if (rank <= width * most / 2) return with_tiles<width, most / 2>(rank, f);
+    if (rank <= width * most / 2) return specialized<width, most / 2>(rank, wide, f);
   }
-  return f(std::integral_constant<int, most>());
+  const std::integral_constant<int, most> tiles;
+  return wide ? f(tiles, std::true_type()) : f(tiles, std::false_type());
 }
 
 cudaLaunchConfig_t launch(dim3 grid, unsigned threads, size_t shared_bytes, void* stream) {
@@ -208,7 +212,7 @@ cudaLaunchConfig_t launch(dim3 grid, unsigned threads, size_t shared_bytes, void
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-bool wide(const uint16_t* memory, int64_t columns) { return (uintptr_t)memory % 16 == 0 && columns % 8 == 0; }
+bool is_wide(const uint16_t* memory, int64_t columns) { return (uintptr_t)memory % 16 == 0 && columns % 8 == 0; }
 
 }  // namespace
 
@@ -223,12 +227,14 @@ int skinny_factor_cuda(const float* from, int64_t rank, int64_t columns, int64_t
 int skinny_project_cuda(const uint16_t* x, const uint16_t* factor, int64_t rows, int64_t columns, int64_t rank,
                         float scale, uint16_t* out, void* stream) {
   if (rows == 0 || rank == 0) return cudaSuccess;
-  return with_tiles<8>(rank, [&](auto constant) {
-    constexpr int kTiles = decltype(constant)::value;
+  const bool wide = is_wide(x, columns) && is_wide(factor, columns);
+  return specialized<8>(rank, wide, [&](auto tiles, auto constant_wide) {
+    constexpr int kTiles = decltype(tiles)::value;
     const dim3 grid((unsigned)divide_up(rows, kProjectRows), (unsigned)divide_up(rank, 8 * kTiles));
-    const cudaLaunchConfig_t config = launch(grid, kProjectWarps * kWarp, kProjectWarps * kProjectRows * 8 * sizeof(float), stream);
-    return (int)cudaLaunchKernelEx(&config, project_kernel<kTiles>, x, factor, rows, columns, rank, scale,
-                                   wide(x, columns) && wide(factor, columns), out);
+    const size_t shared_bytes = kProjectWarps * kProjectRows * 8 * sizeof(float);
+    const cudaLaunchConfig_t config = launch(grid, kProjectWarps * kWarp, shared_bytes, stream);
+    return (int)cudaLaunchKernelEx(&config, project_kernel<kTiles, decltype(constant_wide)::value>, x, factor, rows,
+                                   columns, rank, scale, out);
   });
 }
 
@@ -242,13 +248,14 @@ int skinny_outer_cuda(const uint16_t* narrow, const uint16_t* x, int64_t rows, i
   if (rank == 0 || columns == 0) return cudaSuccess;
   const int64_t count = skinny_outer_parts(rows, columns);
   const int64_t part_rows = divide_up(divide_up(rows, count), kOuterStep) * kOuterStep;
-  const int launched = with_tiles<16>(rank, [&](auto constant) {
-    constexpr int kTiles = decltype(constant)::value;
+  const int launched = specialized<16>(rank, is_wide(x, columns), [&](auto tiles, auto constant_wide) {
+    constexpr int kTiles = decltype(tiles)::value;
     const dim3 grid((unsigned)divide_up(columns, kOuterColumns), (unsigned)count,
                     (unsigned)divide_up(rank, 16 * kTiles));
-    const cudaLaunchConfig_t config = launch(grid, kOuterWarps * kWarp, kOuterWarps * 16 * kOuterColumns * sizeof(float), stream);
-    return (int)cudaLaunchKernelEx(&config, outer_kernel<kTiles>, narrow, x, rows, rank, columns, part_rows,
-                                   wide(x, columns), transposed, count > 1 ? parts : out);
+    const size_t shared_bytes = kOuterWarps * 16 * kOuterColumns * sizeof(float);
+    const cudaLaunchConfig_t config = launch(grid, kOuterWarps * kWarp, shared_bytes, stream);
+    return (int)cudaLaunchKernelEx(&config, outer_kernel<kTiles, decltype(constant_wide)::value>, narrow, x, rows, rank,
+                                   columns, part_rows, transposed, count > 1 ? parts : out);
   });
   if (launched != cudaSuccess || count == 1) return launched;
   const cudaLaunchConfig_t config = launch(dim3((unsigned)divide_up(rank * columns, 256)), 256, 0, stream);

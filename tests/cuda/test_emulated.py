@@ -24,6 +24,8 @@ TESTS = [
     "tests/autograd/test_swiglu.py",
     "tests/autograd/test_add_rms_norm.py",
     "tests/cuda/test_assertion.py",
+    "tests/autograd/test_int4_linear.py",
+    "tests/autograd/test_int4_lora_linears.py",
 ]
 
 
