@@ -23,7 +23,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, s
   sizes.back() = w.rows;
   Tensor y = torch::stable::new_empty(input, sizes);
   const int64_t rows = w.rows == 0 ? 0 : y.numel() / w.rows;
-  STD_TORCH_CHECK(rows <= most_dot_rows(dtype), "x must have at most ", most_dot_rows(dtype), " rows");
+  STD_TORCH_CHECK(int4_dot_takes(w, dtype, rows), "x must have few rows, and codes must be aligned to 16 bytes");
   if (bias) {
     STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->dim() == 1 &&
                         bias->size(0) == w.rows,
