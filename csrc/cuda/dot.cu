@@ -18,13 +18,13 @@ namespace entrenar {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kWarpRows = 16;                     // of W
-constexpr int kTile = 8;                          // columns of an instruction
-constexpr int kMostColumns = 64;
-constexpr int kChunk = 4 * int4::kGroup;          // elements of a row that four lanes load, 16 bytes each
-constexpr int kPadding = 16;                      // elements; rows of x then lie in different banks
-constexpr int kPiece = 8;                         // elements of x in 16 bytes
-constexpr int kSharedBytes = 48 << 10;            // which a kernel may use unasked
+constexpr int kWarpRows = 16;             // of W
+constexpr int kTile = 8;                  // columns of an instruction
+constexpr int kMostColumns = 64;          // of x
+constexpr int kChunk = 4 * int4::kGroup;  // elements of a row that four lanes load, 16 bytes each
+constexpr int kPadding = 16;              // elements; columns of x then lie in different banks
+constexpr int kPiece = 8;                 // elements of x in 16 bytes
+constexpr int kSharedBytes = 48 << 10;    // which a kernel may use unasked
 
 // The bfloat16 numbers whose sum is an element of x.
 constexpr int bfloat16_parts(Dtype dtype) { return dtype == kFloat32 ? 3 : 1; }
@@ -50,7 +50,6 @@ struct Dot {
 
   __device__ int stride() const { return stage * kChunk + kPadding; }
 };
-
 
 // Codes of elements j..j+3 and j+16..j+19 of a group, as pairs of neighbours.
 struct Decoded {
@@ -341,16 +340,18 @@ constexpr int64_t kBlocksToFill = 128;  // about the multiprocessors of a large 
 
 template <int kTiles, int kBlock, Dtype kScale>
 int launch(Dot d, const Plan& plan, void* stream) {
+  const auto x_bytes = [&](int stage) { return d.columns * (stage * kChunk + kPadding) * (int)sizeof(uint16_t); };
   d.k_warps = plan.k_warps;
   d.split = plan.split;
+  while (d.k_warps > 1 && x_bytes(d.k_warps) > kSharedBytes) d.k_warps /= 2;
   d.row_warps = kWarps / d.k_warps;
   const auto tiles = [&] { return (d.w.rows + d.row_warps * kWarpRows - 1) / (d.row_warps * kWarpRows); };
   while (d.row_warps > 2 && tiles() * d.split < kBlocksToFill) d.row_warps /= 2;
 
   const int64_t chunks = ((d.w.columns + kChunk - 1) / kChunk + d.split - 1) / d.split;  // of a block
-  const auto x_bytes = [&](int stage) { return d.columns * (stage * kChunk + kPadding) * (int)sizeof(uint16_t); };
   d.step = chunks_ahead(kTiles);
   while (d.step > 1 && x_bytes(d.k_warps * d.step) > kSharedBytes) d.step /= 2;
+  while (d.step > 1 && d.k_warps * (d.step - 1) >= chunks) d.step--;  // rather than leave warps idle
   const int round = d.k_warps * d.step;
   d.stage = round;
   while (d.stage < chunks && x_bytes(d.stage + round) <= kSharedBytes) d.stage += round;
