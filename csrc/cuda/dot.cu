@@ -5,7 +5,7 @@
 // float32 x is the sum of three bfloat16 numbers, each with a column of its own.
 //
 // Codes go from memory to registers, where they are used: which element of a block is which k of an instruction is
-// free, as long as both matrices agree. Loads run ahead by kAhead chunks a lane, the first of them before x is staged.
+// free, as long as both matrices agree. Loads run ahead, the first of them before x has come.
 #include "dot.h"
 
 #include "async.h"
@@ -18,13 +18,22 @@ namespace entrenar {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kWarpRows = 16;                     // of W
-constexpr int kTile = 8;                          // columns of an instruction
-constexpr int kChunk = 4 * int4::kGroup;          // elements of a row that four lanes load, 16 bytes each
-constexpr int kAhead = 2;                         // chunks
-constexpr int kPadding = 16;                      // elements; rows of x then lie in different banks
-constexpr int kPiece = 8;                         // elements of x in 16 bytes
-constexpr int kSharedBytes = 48 << 10;            // which a kernel may use unasked
+constexpr int kWarpRows = 16;             // of W
+constexpr int kTile = 8;                  // columns of an instruction
+constexpr int kMostColumns = 64;          // of x
+constexpr int kChunk = 4 * int4::kGroup;  // elements of a row that four lanes load, 16 bytes each
+constexpr int kPadding = 16;              // elements; columns of x then lie in different banks
+constexpr int kPiece = 8;                 // elements of x in 16 bytes
+constexpr int kSharedBytes = 48 << 10;    // which a kernel may use unasked
+
+// The bfloat16 numbers whose sum is an element of x.
+constexpr int bfloat16_parts(Dtype dtype) { return dtype == kFloat32 ? 3 : 1; }
+
+// Two blocks of few columns share a multiprocessor, and its registers.
+constexpr int blocks_at_once(int tiles) { return tiles <= 2 ? 2 : 1; }
+
+// Chunks that a lane has on the way: as many as the registers hold beside the sums.
+constexpr int chunks_ahead(int tiles) { return tiles == 2 ? 2 : 4; }
 
 struct Dot {
   Weight w;
@@ -41,15 +50,6 @@ struct Dot {
 
   __device__ int stride() const { return stage * kChunk + kPadding; }
 };
-
-
-__device__ __forceinline__ uint32_t load_scale(const void* scales, bool float32_scales, int index) {
-  return float32_scales ? __ldcs((const uint32_t*)scales + index) : __ldcs((const uint16_t*)scales + index);
-}
-
-__device__ __forceinline__ float scale_value(bool float32_scales, uint32_t bits) {
-  return float32_scales ? int4::bits_float(bits) : Float<kFloat16>::widen((uint16_t)bits);
-}
 
 // Codes of elements j..j+3 and j+16..j+19 of a group, as pairs of neighbours.
 struct Decoded {
@@ -121,44 +121,45 @@ __device__ void stage_x(const Dot& d, int begin, int end, uint16_t* staged) {
 }
 
 // A lane's part of a warp's product. With g = lane / 4 it reads rows g and g + 8 of the warp's 16.
-template <int kTiles, int kBlock>
+template <int kTiles, int kBlock, Dtype kScale>
 struct Lane {
+  using Scale = typename Float<kScale>::Bits;
   static constexpr int kBlocks = kChunk / kBlock;       // of a chunk
-  static constexpr int kHeld = kAhead * kBlocks / 4;    // blocks of a step whose scales a lane holds: t, t + 4, ...
+  static constexpr int kAhead = chunks_ahead(kTiles);
+  static constexpr int kHeld = (kAhead * kBlocks + 3) / 4;  // blocks of a step whose scales a lane holds: t, t + 4, ...
   static constexpr int kWords = kBlock / int4::kGroup;  // of a block's codes, in each of four lanes
 
   const Dot& d;
   const int t = threadIdx.x % 4, g = threadIdx.x % kWarp / 4;
   const int groups = (int)int4::groups(d.w.columns), blocks = (int)int4::blocks(d.w.columns, kBlock);  // of a row
-  const uint8_t* codes[2];  // of its rows
-  const uint8_t* scales[2];
+  const uint4* codes[2];  // of its rows
+  const Scale* scales[2];
   uint4 ahead[kAhead][2];
-  uint32_t scales_ahead[2][kHeld];
+  Scale scales_ahead[2][kHeld];
   float sums[kTiles][4] = {};
 
   __device__ Lane(const Dot& d, int64_t first_row) : d(d) {
     for (int r = 0; r < 2; r++) {
       const int64_t row = min(first_row + g + 8 * r, d.w.rows - 1);
-      codes[r] = d.w.codes + row * int4::row_bytes(d.w.columns) + t * int4::kGroupBytes;
-      scales[r] = (const uint8_t*)d.w.scales + row * blocks * (d.w.float32_scales ? 4 : 2);
+      codes[r] = (const uint4*)d.w.codes + row * groups;
+      scales[r] = (const Scale*)d.w.scales + row * blocks;
     }
   }
 
+  // What lies beyond the last column is loaded from before it: it meets zeros of x.
   __device__ __forceinline__ void load_codes(int i, int chunk) {
-    const bool inside = chunk * 4 + t < groups;
+    const int group = min(chunk * 4 + t, groups - 1);
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-      ahead[i][r] = inside ? __ldcs((const uint4*)(codes[r] + (int64_t)chunk * (4 * int4::kGroupBytes))) : uint4{};
-    }
+    for (int r = 0; r < 2; r++) ahead[i][r] = __ldcs(codes[r] + group);
   }
 
   __device__ __forceinline__ void load_scales(int chunk, int chunks) {
 #pragma unroll
     for (int h = 0; h < kHeld; h++) {
-      const int of_step = 4 * h + t, block = chunk * kBlocks + of_step;
-      const bool inside = of_step < chunks * kBlocks && block < blocks;
+      if (4 * h >= chunks * kBlocks) break;
+      const int block = min(chunk * kBlocks + 4 * h + t, blocks - 1);
 #pragma unroll
-      for (int r = 0; r < 2; r++) scales_ahead[r][h] = inside ? load_scale(scales[r], d.w.float32_scales, block) : 0;
+      for (int r = 0; r < 2; r++) scales_ahead[r][h] = __ldcs(scales[r] + block);
     }
   }
 
@@ -177,7 +178,7 @@ struct Lane {
 #pragma unroll
     for (int h = 0; h < kHeld; h++) {
 #pragma unroll
-      for (int r = 0; r < 2; r++) scale[r][h] = scale_value(d.w.float32_scales, scales_ahead[r][h]);
+      for (int r = 0; r < 2; r++) scale[r][h] = Float<kScale>::widen(scales_ahead[r][h]);
     }
     load_scales(next, next_chunks);
 #pragma unroll
@@ -259,8 +260,8 @@ struct Lane {
   }
 };
 
-template <int kTiles, int kBlock>
-__global__ void __launch_bounds__(kWarps* kWarp, kTiles == 1 ? 3 : kTiles == 2 ? 2 : 1) dot_kernel(const __grid_constant__ Dot d) {
+template <int kTiles, int kBlock, Dtype kScale>
+__global__ void __launch_bounds__(kWarps* kWarp, blocks_at_once(kTiles)) dot_kernel(const __grid_constant__ Dot d) {
   auto* staged = (uint16_t*)shared_memory();
   const int warp = threadIdx.x / kWarp, k_warp = warp % d.k_warps, row_warp = warp / d.k_warps;
   const int block_rows = d.row_warps * kWarpRows;
@@ -271,15 +272,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTiles == 1 ? 3 : kTiles == 2 ?
   const int stride = d.k_warps * d.step;
   const auto chunks_at = [&](int chunk) { return min(d.step, end - chunk); };
 
-  stage_x(d, first, min(first + d.stage, end), staged);
-  Lane<kTiles, kBlock> lane(d, first_row + row_warp * kWarpRows);
+  Lane<kTiles, kBlock, kScale> lane(d, first_row + row_warp * kWarpRows);
   int chunk = first + k_warp * d.step;
-  lane.load(chunk, chunks_at(chunk));
   for (int begin = first; begin < end; begin += d.stage) {
-    if (begin > first) {
-      __syncthreads();
-      stage_x(d, begin, min(begin + d.stage, end), staged);
-    }
+    if (begin > first) __syncthreads();
+    stage_x(d, begin, min(begin + d.stage, end), staged);
+    if (begin == first) lane.load(chunk, chunks_at(chunk));
     wait_for_copies();
     __syncthreads();
     for (; chunk < min(begin + d.stage, end); chunk += stride) {
@@ -340,18 +338,20 @@ Plan plan(const Dot& d) {
 
 constexpr int64_t kBlocksToFill = 128;  // about the multiprocessors of a large GPU
 
-template <int kTiles, int kBlock>
+template <int kTiles, int kBlock, Dtype kScale>
 int launch(Dot d, const Plan& plan, void* stream) {
+  const auto x_bytes = [&](int stage) { return d.columns * (stage * kChunk + kPadding) * (int)sizeof(uint16_t); };
   d.k_warps = plan.k_warps;
   d.split = plan.split;
+  while (d.k_warps > 1 && x_bytes(d.k_warps) > kSharedBytes) d.k_warps /= 2;
   d.row_warps = kWarps / d.k_warps;
   const auto tiles = [&] { return (d.w.rows + d.row_warps * kWarpRows - 1) / (d.row_warps * kWarpRows); };
   while (d.row_warps > 2 && tiles() * d.split < kBlocksToFill) d.row_warps /= 2;
 
   const int64_t chunks = ((d.w.columns + kChunk - 1) / kChunk + d.split - 1) / d.split;  // of a block
-  const auto x_bytes = [&](int stage) { return d.columns * (stage * kChunk + kPadding) * (int)sizeof(uint16_t); };
-  d.step = kAhead;
+  d.step = chunks_ahead(kTiles);
   while (d.step > 1 && x_bytes(d.k_warps * d.step) > kSharedBytes) d.step /= 2;
+  while (d.step > 1 && d.k_warps * (d.step - 1) >= chunks) d.step--;  // rather than leave warps idle
   const int round = d.k_warps * d.step;
   d.stage = round;
   while (d.stage < chunks && x_bytes(d.stage + round) <= kSharedBytes) d.stage += round;
@@ -368,10 +368,15 @@ int launch(Dot d, const Plan& plan, void* stream) {
   config.stream = (cudaStream_t)stream;
   config.attrs = &cluster;
   config.numAttrs = d.split > 1;
-  return cudaLaunchKernelEx(&config, dot_kernel<kTiles, kBlock>, d);
+  return cudaLaunchKernelEx(&config, dot_kernel<kTiles, kBlock, kScale>, d);
 }
 
 }  // namespace
+
+bool int4_dot_takes(const Weight& w, Dtype dtype, int64_t rows) {
+  return rows <= kMostColumns / bfloat16_parts(dtype) && (uintptr_t)w.codes % sizeof(uint4) == 0 &&
+         (uintptr_t)w.scales % (w.float32_scales ? 4 : 2) == 0;
+}
 
 int int4_dot_cuda(const Weight& w, Dtype dtype, const void* x, int64_t rows, const float* bias, void* y, void* stream) {
   if (rows == 0 || w.rows == 0) return cudaSuccess;
@@ -387,12 +392,18 @@ int int4_dot_cuda(const Weight& w, Dtype dtype, const void* x, int64_t rows, con
   d.x_aligned = w.columns % kPiece == 0 && (uintptr_t)x % 16 == 0;
   const auto with_tiles = [&](auto tiles) {
     constexpr int kTiles = decltype(tiles)::value;
-    return w.block == 64 ? launch<kTiles, 64>(d, plan(d), stream) : launch<kTiles, 32>(d, plan(d), stream);
+    const auto with_scale = [&](auto scale) {
+      constexpr Dtype kScale = decltype(scale)::value;
+      return w.block == 64 ? launch<kTiles, 64, kScale>(d, plan(d), stream)
+                           : launch<kTiles, 32, kScale>(d, plan(d), stream);
+    };
+    return w.float32_scales ? with_scale(std::integral_constant<Dtype, kFloat32>())
+                            : with_scale(std::integral_constant<Dtype, kFloat16>());
   };
   if (d.columns <= 1 * kTile) return with_tiles(std::integral_constant<int, 1>());
   if (d.columns <= 2 * kTile) return with_tiles(std::integral_constant<int, 2>());
   if (d.columns <= 4 * kTile) return with_tiles(std::integral_constant<int, 4>());
-  return with_tiles(std::integral_constant<int, 8>());
+  return with_tiles(std::integral_constant<int, kMostColumns / kTile>());
 }
 
 }  // namespace entrenar

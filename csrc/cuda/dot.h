@@ -5,14 +5,12 @@
 
 namespace entrenar {
 
-// The bfloat16 numbers whose sum is an element of x.
-constexpr int bfloat16_parts(Dtype dtype) { return dtype == kFloat32 ? 3 : 1; }
+// Whether the kernel takes so many rows (64 of bfloat16, 21 of float32) and a weight at these addresses: codes must be
+// aligned to 16 bytes, scales to their size.
+bool int4_dot_takes(const Weight& w, Dtype dtype, int64_t rows);
 
-// Up to how many rows the kernel takes.
-constexpr int64_t most_dot_rows(Dtype dtype) { return 64 / bfloat16_parts(dtype); }
-
-// x [rows, w.columns] and y [rows, w.rows] are contiguous and of float32 or bfloat16; bias [w.rows] may be null. Codes
-// must be aligned to 16 bytes. Returns cudaGetLastError().
+// x [rows, w.columns] and y [rows, w.rows] are contiguous and of float32 or bfloat16; bias [w.rows] may be null. Returns
+// cudaGetLastError().
 int int4_dot_cuda(const Weight& w, Dtype dtype, const void* x, int64_t rows, const float* bias, void* y, void* stream);
 
 }  // namespace entrenar

@@ -55,7 +55,7 @@ void multiply_few(const Tensor& x, const Weight& w, const std::optional<Tensor>&
 
 void multiply(const Tensor& x, const Weight& w, bool transposed, const std::optional<Tensor>& bias, Tensor& y) {
   if (y.numel() == 0) return;
-  if (transposed && rows_of(x) <= most_dot_rows(dtype_of(x, "x"))) {
+  if (transposed && int4_dot_takes(w, dtype_of(x, "x"), rows_of(x))) {
     multiply_few(x, w, bias, y);
   } else if (bias) {
     multiply_decoded(x, w, transposed, torch::stable::to(*bias, y.scalar_type()), 1.0, y);
