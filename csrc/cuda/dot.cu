@@ -33,7 +33,7 @@ constexpr int bfloat16_parts(Dtype dtype) { return dtype == kFloat32 ? 3 : 1; }
 constexpr int blocks_at_once(int tiles) { return tiles <= 2 ? 2 : 1; }
 
 // Chunks that a lane has on the way: as many as the registers hold beside the sums.
-constexpr int chunks_ahead(int tiles) { return tiles == 2 ? 2 : 4; }
+constexpr int chunks_ahead(int tiles) { return tiles == 2 || tiles == 8 ? 2 : 4; }
 
 struct Dot {
   Weight w;
