@@ -1,7 +1,7 @@
 """Our memory-bound operations on a GPU beside torch's and Liger's, at the shapes of a model of 7B parameters.
 
-bfloat16, 2048 tokens. of_floor is the least time that the bytes take which must be moved, at the rate of a copy measured
-in the same run, over the contender's time; times_ours is the contender's time over ours. Liger's cross entropies write
+bfloat16, 2048 tokens. of_floor is the least time that the bytes take which must be moved, at the rate of a copy in the
+same run, over the contender's time; times_ours is the contender's time over ours. Liger's cross entropies write
 over the logits.
 """
 
