@@ -73,7 +73,7 @@ def scaled_dot_product_attention(
         attn_mask = torch.atleast_2d(attn_mask)
     if scale is None:
         scale = 1 / math.sqrt(max(query.shape[-1], 1))
-    seed = int(torch.randint(2**63 - 1, ())) if dropout_p > 0 else None
+    seed = int(torch.randint(2**63 - 1, (), device="cpu")) if dropout_p > 0 else None
     output, _ = AttentionFunction.apply(query, key, value, attn_mask, scale, dropout_p, seed, is_causal, enable_gqa)
     return output
 
