@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 STEPS = {torch.float64: 1e-6, torch.float32: 1e-3}
 THRESHOLDS = {torch.float64: 1e-6, torch.float32: 0.2}

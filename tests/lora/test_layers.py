@@ -128,7 +128,7 @@ def test_chapters_constructor_takes_a_flat_weight():
 
 def test_autocast_casts_inside():
     layer = trained(QLoRALayer(torch.randn(24, 80), rank=4, alpha=8))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = layer(torch.randn(5, 80))
     assert y.dtype == torch.bfloat16
     assert layer.lora_A.dtype == torch.float32
