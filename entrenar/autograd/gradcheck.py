@@ -146,7 +146,9 @@ class _Objective:
         outputs = [y for y in outputs if y.is_floating_point()]
         if not outputs:
             raise ValueError("the function returns no floating-point tensor")
-        total = sum(((y * _weights(y)).sum() for y in outputs), start=torch.zeros((), dtype=outputs[0].dtype, device="cpu"))
+        total = sum(
+            ((y * _weights(y)).sum() for y in outputs), start=torch.zeros((), dtype=outputs[0].dtype, device="cpu")
+        )
         if not torch.isfinite(total.detach()):
             raise ValueError("the function's result is not finite at these inputs")
         return total

@@ -53,7 +53,10 @@ def test_first_output_is_the_bases():
     x = torch.randn(5, 80)
     assert torch.equal(LoRALayer(linear, rank=4, alpha=8)(x), linear(x))
     layer = QLoRALayer(linear, rank=4, alpha=8)
-    assert torch.equal(layer(x), layer.base(x))
+    if x.is_cuda:  # where the bias, the adapter's part and the product are added in another order
+        torch.testing.assert_close(layer(x), layer.base(x))
+    else:
+        assert torch.equal(layer(x), layer.base(x))
 
 
 def test_adapter_starts_as_in_peft():
