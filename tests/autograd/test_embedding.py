@@ -86,10 +86,11 @@ def test_padding_gets_no_gradient(padding_idx):
 
 
 def compare_with_torch(input, weight, padding_idx):
-    results = [op(input, weight, padding_idx) for op in (embedding, F.embedding)]
-    assert torch.equal(*results)
+    """On the CPU: torch's own gradient of a table without columns is written to no memory on CUDA."""
+    results = [embedding(input, weight, padding_idx), F.embedding(input.cpu(), weight.cpu(), padding_idx)]
+    assert torch.equal(results[0].cpu(), results[1])
     dy = torch.randn_like(results[0])
-    gradients = [torch.autograd.grad(y, weight, dy)[0] for y in results]
+    gradients = [torch.autograd.grad(y, weight, dy.to(y.device))[0] for y in results]
     torch.testing.assert_close(*gradients)
     return gradients[0]
 
@@ -120,6 +121,7 @@ def test_all_options_that_embedding_lacks_are_named():
         embedding(torch.tensor([0]), torch.ones(2, 2), None, 1.0, 2.0, True, True)
 
 
+@pytest.mark.cpu("on CUDA an assertion of torch's kernel fails")
 def test_index_beyond_the_table_is_refused():
     with pytest.raises(IndexError, match="index out of range"):
         embedding(torch.tensor([2]), torch.ones(2, 2))
