@@ -34,7 +34,7 @@ def is_transformed() -> bool:
 
 
 def below_autograd(op: Any, *args: Any) -> Any:
-    """The results of the op's kernel. A Function keeps the graph itself, and torch's own part takes longer than a kernel.
+    """The results of the op's kernel. A Function keeps the graph itself, and torch's part for that takes its time.
 
     Where a gradient is to be differentiated again, that part has its turn.
     """
