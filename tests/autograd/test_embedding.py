@@ -22,6 +22,7 @@ from op_db import (
 from torch.nn import functional as F
 from torch.testing._internal.common_methods_invocations import wrapper_set_seed
 
+from entrenar.autograd.gradcheck import check_gradient
 from entrenar.autograd.ops import dropout, embedding
 
 # Torch's table has the arguments in the other order, and seeds its generator before each dropout.
@@ -131,6 +132,10 @@ def test_dropout_outside_training_is_the_input_itself():
     x = torch.randn(3, requires_grad=True)
     assert dropout(x, training=False) is x
     assert dropout(x, 0.0) is x
+
+
+def test_dropout_is_the_same_in_every_call_of_check_gradient():
+    assert check_gradient(lambda x: dropout(x, 0.5).exp(), torch.randn(20)).ok
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -186,6 +186,13 @@ def test_fusing_draws_no_random_numbers_and_leaves_gradients_and_modes_alone():
     assert all(module.training for module in model.modules())
 
 
+def test_fusing_does_not_depend_on_the_default_device():
+    model = make()
+    with torch.device("meta"):
+        report = fuse(model)
+    assert report.kept == {}
+
+
 def test_fusing_twice_finds_nothing_more():
     fused, _, _ = twins()
     again = fuse(fused)

@@ -301,9 +301,9 @@ class _Heads:
             stop = min(start + BLOCK, self.length)
             rows = slice(start, stop)
             if self.is_causal:
-                seen = min(stop, keys)
-                mask = torch.ones(stop - start, seen, dtype=torch.bool, device=self.q.device).tril(start)
-                yield _Block(rows, slice(0, seen), self._bias(mask))
+                end = min(stop, keys)
+                mask = torch.ones(stop - start, end, dtype=torch.bool, device=self.q.device).tril(start)
+                yield _Block(rows, slice(0, end), self._bias(mask))
             elif self.mask is None:
                 yield _Block(rows, slice(0, keys))
             else:
