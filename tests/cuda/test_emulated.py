@@ -16,6 +16,9 @@ TESTS = [
     "tests/autograd/test_ops.py",
     "tests/autograd/test_int4.py",
     "tests/optim/test_adamw.py",
+    "tests/optim/test_codes.py",
+    "tests/optim/test_fused_clip.py",
+    "tests/optim/test_rules.py",
 ]
 
 
