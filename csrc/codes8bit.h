@@ -23,11 +23,18 @@ struct Codebook {
   float edges[32];        // by the exponent's last 5 bits: from which magnitude on it lies in the second region
   int32_t regions[32];    // the first
   float slopes[16], offsets[16];  // of the guess, by region
+
+  // The same in one step, for processors that look up a word in memory faster than they do the above. By the exponent's
+  // last 5 bits and the fraction's first 7: the code at the bottom of such a bucket, shifted, and from where in the other
+  // 16 bits on it is one more.
+  uint32_t buckets[1 << 12];
 };
 
-constexpr int kCodebookFloats = sizeof(Codebook) / sizeof(float);
+constexpr int kThresholdBits = 17;
+constexpr int kCodebookWords = sizeof(Codebook) / sizeof(uint32_t);
+constexpr int kCodebookSmallWords = 2 * kCodes + 32 + 32 + 16 + 16;  // without the buckets
 
-static_assert(kCodebookFloats == 2 * kCodes + 32 + 32 + 16 + 16, "an array of 32-bit words");
+static_assert(kCodebookWords == kCodebookSmallWords + (1 << 12), "an array of 32-bit words");
 
 INT4_HD int64_t code_blocks(int64_t size) { return (size + kCodeBlock - 1) / kCodeBlock; }
 

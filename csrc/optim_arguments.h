@@ -30,8 +30,8 @@ inline float* optim_scalar(Tensor& tensor, const char* name, const Tensor& param
 }
 
 inline const Codebook* codebook(const Tensor& tensor, const Tensor& params) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.numel() == kCodebookFloats,
-                  "codebooks must be float32, ", kCodebookFloats, " each");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.numel() == kCodebookWords,
+                  "codebooks must be float32, ", kCodebookWords, " each");
   check_on(tensor, "codebooks", params);
   return static_cast<const Codebook*>(tensor.const_data_ptr());
 }

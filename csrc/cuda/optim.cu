@@ -182,12 +182,14 @@ __global__ void __launch_bounds__(kThreads)
                  const OptimStep* steps) {
   const float clip = call.factor ? *call.factor : 1.0f;
   if (!finite(clip)) return;
-  auto* books = (Codebook*)shared_memory();
+  auto* shared = (uint32_t*)shared_memory();
   for (int k = 0; k < (rule == kAdam ? 2 : 1); k++) {
-    for (int i = threadIdx.x; i < kCodebookFloats; i += kThreads) {
-      ((float*)&books[k])[i] = ((const float*)call.codebooks[k])[i];
+    for (int i = threadIdx.x; i < kCodebookSmallWords; i += kThreads) {
+      shared[k * kCodebookSmallWords + i] = ((const uint32_t*)call.codebooks[k])[i];
     }
   }
+  const auto& book = *(const Codebook*)shared;  // but for its buckets
+  const auto& book2 = *(const Codebook*)(shared + kCodebookSmallWords);
   __syncthreads();
 
   using Bits = typename Float<dtype>::Bits;
@@ -207,8 +209,8 @@ __global__ void __launch_bounds__(kThreads)
     float a[kLaneCodes], b[kLaneCodes] = {};
     load_lane<Bits>(params, (const Bits*)tensor.param + index, count, 0);
     load_lane<Bits>(grads, (const Bits*)tensor.grad + index, count, 0);
-    load_codes<true>(books[0], a, tensor.states[0], index, count, *absmax);
-    if (rule == kAdam) load_codes<false>(books[1], b, tensor.states[1], index, count, *absmax2);
+    load_codes<true>(book, a, tensor.states[0], index, count, *absmax);
+    if (rule == kAdam) load_codes<false>(book2, b, tensor.states[1], index, count, *absmax2);
     __syncwarp();  // all lanes have read the maxima that one will write
     for (int i = 0; i < kLaneCodes; i++) {
       float p = Float<dtype>::widen(params[i]);
@@ -217,8 +219,8 @@ __global__ void __launch_bounds__(kThreads)
       params[i] = narrowed<dtype>(call, step, p, g, index + i);
     }
     store_lane((Bits*)tensor.param + index, params, count);
-    store_codes<true>(books[0], a, tensor.states[0], index, count, absmax);
-    if (rule == kAdam) store_codes<false>(books[1], b, tensor.states[1], index, count, absmax2);
+    store_codes<true>(book, a, tensor.states[0], index, count, absmax);
+    if (rule == kAdam) store_codes<false>(book2, b, tensor.states[1], index, count, absmax2);
   }
 }
 
@@ -241,7 +243,7 @@ int optim_cuda(const OptimCall& call, const OptimSettings& settings, const Optim
     const cudaLaunchConfig_t few = launch_config((batch.count + kThreads - 1) / kThreads, kThreads, 0, stream);
     const int prepared = (int)cudaLaunchKernelEx(&few, prepare_kernel, batch, call.factor, settings, numbers);
     if (prepared != cudaSuccess || blocks == 0) return prepared;
-    const size_t shared_bytes = call.codes ? kMaxStates * sizeof(Codebook) : 0;
+    const size_t shared_bytes = call.codes ? kMaxStates * kCodebookSmallWords * sizeof(uint32_t) : 0;
     const cudaLaunchConfig_t config = launch_config(blocks, kThreads, shared_bytes, stream);
     return with_rule(call.rule, [&](auto r) {
       return with_dtype(call.dtype, [&](auto d) {

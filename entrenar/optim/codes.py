@@ -118,5 +118,21 @@ def codebook(signed: bool, device: torch.device) -> Tensor:
     slopes, offsets = torch.zeros(2, 16, device="cpu")
     for i, region in enumerate(regions):
         slopes[i], offsets[i] = region.slope, region.offset
-    parts = [dynamic_map(signed), bounds, edges, first.view(torch.float32), slopes, offsets]
-    return torch.cat(parts).to(device)
+    words = [first.view(torch.float32), slopes, offsets, _buckets(signed).view(torch.float32)]
+    return torch.cat([dynamic_map(signed), bounds, edges, *words]).to(device)
+
+
+def _buckets(signed: bool) -> Tensor:
+    """Numbers from 2**-31 to 2 that agree in the exponent and the first 7 bits of the fraction, at most one bound each.
+
+    The number of bounds up to a bucket's beginning, shifted by 17 bits, and from which value of the last 16 bits on
+    there is one more.
+    """
+    beginnings = torch.arange(96 << 7, 128 << 7, dtype=torch.int32, device="cpu") << 16
+    bounds = code_bounds(signed).view(torch.int32)
+    below = torch.bucketize(beginnings, bounds, right=True)
+    ends = torch.bucketize(beginnings + 0xFFFF, bounds, right=True)
+    if (ends - below).max() > 1:
+        raise AssertionError("a bucket must hold at most one bound")
+    inside = bounds[below.clamp(max=len(bounds) - 1)] - beginnings
+    return (below.int() << 17 | torch.where(ends > below, inside, 0x10000)).int()

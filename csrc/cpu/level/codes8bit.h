@@ -30,18 +30,32 @@ inline float largest(vfloat value) {
 
 inline vfloat magnitude(vfloat value) { return (vfloat)(bits_of(value) & 0x7fffffff); }
 
-inline vfloat decode(const Codebook& book, vbyte codes) { return lookup<kCodes>(book.values, (vint)widen(codes)); }
+inline vfloat decode(const Codebook& book, const uint8_t* codes) {
+#if defined(__AVX512F__)
+  return lookup<kCodes>(book.values, (vint)widen(load<vbyte>(codes)));
+#else
+  vfloat value;
+  for (int i = 0; i < kLanes; i++) value[i] = book.values[codes[i]];
+  return value;
+#endif
+}
 
 // The codes of finite values between -1 and 1, or hardly beyond: the nearest value's, of two equally near the smaller's.
 template <bool with_sign>
 inline vbyte encode(const Codebook& book, vfloat value) {
   const vfloat size = larger(magnitude(value), broadcast(kLeastMagnitude));
+#if defined(__AVX512F__)
   const vint exponent = (vint)size >> 23;
   const vint region =
       (vint)lookup<32>((const float*)book.regions, exponent) - (size >= lookup<32>(book.edges, exponent));
   const vfloat guess = size * lookup<16>(book.slopes, region) + lookup<16>(book.offsets, region);
   vint code = truncated(guess);
   code -= size >= lookup<with_sign ? kCodes / 2 : kCodes>(book.bounds, code);
+#else
+  const vint bits = (vint)size;
+  const vint bucket = (vint)lookup<1 << 12>((const float*)book.buckets, bits >> 16);
+  vint code = (bucket >> kThresholdBits) - ((bits & 0xffff) >= (bucket & ((1 << kThresholdBits) - 1)));
+#endif
   if constexpr (with_sign) {
     const vint sign = (vint)value >> 31;  // -1 or 0
     code = ((code ^ sign) - sign) + kZeroCode;

@@ -83,11 +83,11 @@ inline void store_codes(const Codebook& book, const float* values, vfloat most, 
 }
 
 inline vfloat load_codes(const Codebook& book, const uint8_t* codes, float absmax, int zero, int64_t count) {
-  if (count == kLanes) return decode(book, load<vbyte>(codes)) * absmax;
+  if (count == kLanes) return decode(book, codes) * absmax;
   uint8_t padded[kLanes];
   __builtin_memset(padded, zero, kLanes);
   __builtin_memcpy(padded, codes, count);
-  return decode(book, load<vbyte>(padded)) * absmax;
+  return decode(book, padded) * absmax;
 }
 
 template <Rule rule, Dtype dtype>
