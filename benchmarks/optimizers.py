@@ -1,6 +1,6 @@
 """A step of the optimizers, beside torch's fused ones and bitsandbytes': one large tensor, and the 420 of a LoRA.
 
-times_ours is the time over that of our optimizer of the same rule with states of as many bits (the first row of a kind).
+times_ours is the time over that of our optimizer of the same rule with states of as many bits, the first row of a kind.
 The bytes of states are counted after the steps.
 """
 

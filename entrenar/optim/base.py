@@ -236,12 +236,12 @@ class KernelOptimizer(Optimizer):
         self.grad_norm, factor = norm_and_factor[0], norm_and_factor[1]
         factors = {device: factor.to(device) for device in dict.fromkeys(grad.device for grad in grads)}
         skip = factor.isnan()
-        if factor.is_cpu:
-            if skip:
-                warnings.warn(f"a step was left out: {self._culprit()}", RuntimeWarning, stacklevel=4)
-                self._skipped.setdefault(factor.device, torch.zeros((), dtype=torch.int64)).add_(1)
-        else:
-            self._skipped.setdefault(factor.device, torch.zeros_like(skip, dtype=torch.int64)).add_(skip)
+        if factor.is_cpu and skip:
+            warnings.warn(f"a step was left out: {self._culprit()}", RuntimeWarning, stacklevel=4)
+        counts = self._skipped
+        if factor.device not in counts:
+            counts[factor.device] = torch.zeros_like(skip, dtype=torch.int64)
+        counts[factor.device].add_(skip)
         return factors
 
     def _culprit(self) -> str:
