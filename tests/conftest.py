@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import warnings
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 
 import entrenar
 from entrenar.autograd.ops._library import LEVELS
+
+# cuBLAS keeps to torch's deterministic mode only with this; it is read when the first product runs.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_addoption(parser):
@@ -19,10 +23,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu(why): a test of what only the CPU does")
     if library := config.getoption("--emulated-cuda"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, that kernels are registered again
             torch.ops.load_library(library)
+
+
+def pytest_runtest_setup(item):
+    if item.config.getoption("--device") and (mark := item.get_closest_marker("cpu")):
+        pytest.skip(mark.args[0])
 
 
 def backends(config) -> list[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from entrenar.autograd.ops import int4_lora_linear, int4_lora_linears, int4_quantize
+from entrenar.autograd.ops import int4_dequantize, int4_lora_linear, int4_lora_linears, int4_quantize
 from entrenar.autograd.ops.int4_lora_linears import int4_lora_linears_reference
 
 
@@ -33,13 +33,20 @@ def test_results_are_those_of_separate_calls(rows, dtype, backend):
     assert all(torch.equal(a, b) for a, b in zip(together, separate, strict=True))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
+)
 @given(data=st.data())
-def test_gradients_equal_the_references(data):
+def test_gradients_equal_the_references(backend, data):
     count = data.draw(st.integers(1, 4))
     sizes, ranks = (tuple(data.draw(st.lists(st.integers(1, 70), min_size=count, max_size=count))) for _ in range(2))
     rows, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
     dtype, limit = data.draw(st.sampled_from([(torch.float32, 1e-5), (torch.bfloat16, 2**-7)]))
+    if dtype == torch.bfloat16 and backend in ("cuda", "emulated"):
+        limit += count * 2**-9  # a GPU rounds the sum after each product
     torch.manual_seed(0)
     codes, scales, _, lora_A, lora_B = make(columns, sizes, ranks, (False,) * count)
     x = torch.randn(columns, rows).to(dtype).T.requires_grad_()
@@ -52,8 +59,11 @@ def test_gradients_equal_the_references(data):
     adapters = wide[1 : 1 + count], wide[1 + count :]
     exact = int4_lora_linears_reference(wide[0], codes, scales, None, *adapters, 2.0, 64)
     expected = torch.autograd.grad(exact, wide, [dy.double() for dy in dys])
-    for a, e in zip(found, expected, strict=True):
-        assert (a.double() - e).abs().max() <= limit * e.abs().max()
+    weights = [int4_dequantize(c, s, columns, dtype=dtype).double() for c, s in zip(codes, scales, strict=True)]
+    products = sum(dy.double() @ w for dy, w in zip(dys, weights, strict=True))  # which the adapter's part may cancel
+    for i, (a, e) in enumerate(zip(found, expected, strict=True)):
+        scale = max(e.abs().max(), products.abs().max()) if i == 0 else e.abs().max()
+        assert (a.double() - e).abs().max() <= limit * scale
 
 
 def test_result_without_gradient_counts_as_zero():
@@ -89,7 +99,7 @@ def test_compiles_without_graph_breaks():
 
 
 def test_autocast_computes_in_its_dtype():
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         ys = int4_lora_linears(torch.randn(5, 80), *make(*QKV), 0.5)
     assert {y.dtype for y in ys} == {torch.bfloat16}
 

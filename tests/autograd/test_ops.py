@@ -19,6 +19,11 @@ DIFFERENTIABLE = [
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
 
+def tolerance_of(dtype: torch.dtype, backend: str) -> float:
+    """A GPU adds a product to what the one before it left, so that a sum in bfloat16 is rounded once more."""
+    return TOLERANCE[dtype] + (2**-9 if dtype == torch.bfloat16 and backend in ("cuda", "emulated") else 0)
+
+
 def outputs(result: Tensor | tuple) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
@@ -43,13 +48,16 @@ def leaves(case: Case, arguments: tuple, dtype: torch.dtype | None = None) -> tu
 @pytest.mark.usefixtures("poisoned")
 def test_kernel_equals_reference(case, sample, dtype, backend):
     arguments = case.arguments(sample, dtype)
-    actual, expected = outputs(case.op(*arguments)), outputs(case.reference(*arguments))
+    actual = outputs(case.op(*arguments))
+    if case.exact:  # to the CPU's bits: torch's division by a number is a product with its reciprocal on CUDA
+        arguments = [x.cpu() if isinstance(x, Tensor) else x for x in arguments]
+    expected = outputs(case.reference(*arguments))
     for a, e in zip(actual, expected, strict=False):
         assert a.dtype == e.dtype
         if case.exact:
-            assert torch.equal(a, e)
+            assert torch.equal(a.cpu(), e)
         else:
-            assert_close(a, e, TOLERANCE[dtype])
+            assert_close(a, e, tolerance_of(dtype, backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -64,7 +72,7 @@ def test_gradient_equals_references_gradient(case, sample, dtype, backend):
     wide, wide_inputs = leaves(case, arguments, torch.float64)
     expected = torch.autograd.grad(outputs(case.reference(*wide))[0], wide_inputs, dy.double())
     for a, e in zip(actual, expected, strict=True):
-        assert_close(a, e, TOLERANCE[dtype])
+        assert_close(a, e, tolerance_of(dtype, backend))
 
 
 @pytest.mark.parametrize(("case", "sample"), DIFFERENTIABLE)

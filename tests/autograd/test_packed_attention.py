@@ -21,7 +21,7 @@ def arguments(rows, dtype, heads=4, groups=2, columns=8, value_columns=6):
 
 def tokens_seen(offsets, causal):
     token = torch.arange(int(offsets[-1]))
-    sequence = torch.bucketize(token, offsets, right=True)
+    sequence = torch.bucketize(token, offsets.to(token.device), right=True)
     seen = sequence[:, None] == sequence
     return seen & (token[:, None] >= token) if causal else seen
 
@@ -48,7 +48,7 @@ OFFSETS = {
 @pytest.mark.parametrize("name", OFFSETS)
 @pytest.mark.usefixtures("poisoned")
 def test_a_token_sees_its_own_sequence(name, causal, dtype, backend):
-    offsets = torch.tensor(OFFSETS[name])
+    offsets = torch.tensor(OFFSETS[name], device="cpu")
     args = arguments(int(offsets[-1]), dtype)
 
     def op(*args):
@@ -67,7 +67,7 @@ def test_a_token_sees_its_own_sequence(name, causal, dtype, backend):
 @settings(max_examples=40, deadline=None)
 def test_any_lengths(lengths, groups, shared, causal, dtype):
     torch.manual_seed(sum(lengths))
-    offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], device="cpu")
     args = arguments(sum(lengths), dtype, groups * shared, groups, 20, 12)
 
     def op(*args):
@@ -79,30 +79,33 @@ def test_any_lengths(lengths, groups, shared, causal, dtype):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_equals_attention_of_each_sequence_and_the_reference(dtype, causal, backend):
-    offsets = torch.tensor(OFFSETS["several"])
+    offsets = torch.tensor(OFFSETS["several"], device="cpu")
     args = arguments(200, dtype)
     y = packed_attention(*args, offsets, is_causal=causal)
     expected = by_sequence(offsets, *args, causal)
-    assert torch.equal(y, expected)
+    # Probabilities are rounded to 16 bits, by this much of an average of values; torch's CUDA kernels split keys.
+    rounding = {torch.bfloat16: 2**-9, torch.float16: 2**-12}.get(dtype, 0) * args[2].abs().max().item()
+    if backend == "cuda":
+        torch.testing.assert_close(y, expected, atol=max(rounding, 1e-5), rtol=torch.finfo(dtype).eps)
+    else:
+        assert torch.equal(y, expected)
     dy = torch.randn_like(y)
     for actual, wanted in zip(torch.autograd.grad(y, args, dy), torch.autograd.grad(expected, args, dy), strict=True):
         # The partial sums of the keys' gradients depend on how many sequences there are.
         torch.testing.assert_close(actual, wanted)
-    # The kernel rounds probabilities to bfloat16: by 2^-9 of an average of values.
-    atol = 2**-9 * args[2].abs().max().item() if dtype is torch.bfloat16 else 1e-5
     expected = packed_attention_reference(*args, offsets, is_causal=causal)
-    torch.testing.assert_close(y, expected, atol=atol, rtol=torch.finfo(dtype).eps)
+    torch.testing.assert_close(y, expected, atol=max(rounding, 1e-5), rtol=torch.finfo(dtype).eps)
 
 
 def test_a_leading_dimension_of_one_stays():
-    offsets = torch.tensor([0, 4, 9])
+    offsets = torch.tensor([0, 4, 9], device="cpu")
     args = arguments(9, torch.float32)
     y = packed_attention(*(x.unsqueeze(0) for x in args), offsets)
     assert torch.equal(y, packed_attention(*args, offsets).unsqueeze(0))
 
 
 def test_derivatives_are_those_of_finite_differences():
-    offsets = torch.tensor([0, 2, 2, 5])
+    offsets = torch.tensor([0, 2, 2, 5], device="cpu")
     args = arguments(5, torch.float64, columns=3, value_columns=2)
 
     def op(*args):
@@ -113,7 +116,7 @@ def test_derivatives_are_those_of_finite_differences():
 
 
 def test_second_derivative_through_the_kernel():
-    offsets = torch.tensor([0, 2, 2, 7])
+    offsets = torch.tensor([0, 2, 2, 7], device="cpu")
     args = arguments(7, torch.float32)
 
     def second(op, args):
@@ -128,8 +131,9 @@ def test_second_derivative_through_the_kernel():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.usefixtures("poisoned")  # on a GPU, only deterministic mode gives the same bits again
 def test_does_not_depend_on_threads(dtype, backend):
-    offsets = torch.tensor(OFFSETS["several"])
+    offsets = torch.tensor(OFFSETS["several"], device="cpu")
     args = arguments(200, dtype)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
@@ -142,15 +146,15 @@ def test_does_not_depend_on_threads(dtype, backend):
 
 
 def test_autocast_computes_in_its_dtype():
-    offsets = torch.tensor([0, 4, 9])
+    offsets = torch.tensor([0, 4, 9], device="cpu")
     args = arguments(9, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = packed_attention(*args, offsets)
     assert torch.equal(y, packed_attention(*(x.bfloat16() for x in args), offsets))
 
 
 def test_under_vmap():
-    offsets = torch.tensor([0, 4, 9])
+    offsets = torch.tensor([0, 4, 9], device="cpu")
     args = [torch.randn(3, 4, 9, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)]
     mapped = torch.func.vmap(lambda *args: packed_attention(*args, offsets))(*args)
     expected = [packed_attention(*(x[i] for x in args), offsets) for i in range(3)]
@@ -161,7 +165,7 @@ def test_under_vmap():
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_without_graph_breaks():
-    offsets = torch.tensor([0, 4, 9])
+    offsets = torch.tensor([0, 4, 9], device="cpu")
     args = arguments(9, torch.float32)
 
     def block(*args):
@@ -189,7 +193,7 @@ SHAPES = (2, 9, 8), (1, 9, 8), (1, 9, 8)
 )
 def test_shapes_that_do_not_match_are_refused(shapes, message):
     with pytest.raises(RuntimeError, match=message):
-        packed_attention(*map(torch.randn, shapes), torch.tensor([0, 9]))
+        packed_attention(*map(torch.randn, shapes), torch.tensor([0, 9], device="cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -212,7 +216,7 @@ def test_offsets_that_do_not_fit_are_refused(offsets, dtype):
 
 
 def test_bad_dtypes_are_refused():
-    offsets, x = torch.tensor([0, 9]), torch.ones(1, 9, 8)
+    offsets, x = torch.tensor([0, 9], device="cpu"), torch.ones(1, 9, 8)
     with pytest.raises(TypeError, match="floating-point"):
         packed_attention(x.long(), x.long(), x.long(), offsets)
     with pytest.raises(RuntimeError, match="one dtype"):

@@ -14,7 +14,7 @@ GROUPS = [
 
 
 def parameters(dtype: torch.dtype, seed: int = 0) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in SHAPES]
 
 
@@ -25,7 +25,7 @@ def grouped(params: list[torch.nn.Parameter]) -> list[dict]:
 def run(optimizer, params, steps, *, first=0):
     """Random gradients of wide range, one in five missing, under a changing learning rate."""
     for step in range(first, steps):
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(step)
         for param in params:
             grad = torch.randn(param.shape, generator=generator, dtype=param.dtype)
             scale = 10 ** (torch.rand((), generator=generator, dtype=param.dtype) * 6 - 3)

@@ -155,7 +155,7 @@ def test_resume_is_bit_identical(kind, bits, at, dtype, load):
 @given(seed=st.integers(0, 2**31), size=st.integers(1, 6), rate=st.floats(0.4, 1))
 def test_converges_on_convex_quadratics(kind, seed, size, rate):
     """f(x) = ½ (x - x*)ᵀ H (x - x*) with eigenvalues of H in [0.3, 10]."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     eigenvalues = 10 ** (torch.rand(size, generator=generator, dtype=torch.float64) * 1.5 - 0.5)
     hessian = basis @ torch.diag(eigenvalues) @ basis.T

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import entrenar.autograd.ops._attention_cuda  # noqa: F401 (registers CUDA's kernels)
 from entrenar.autograd.ops._attention_kernel import attention_backward, attention_forward, has_kernel
 from entrenar.autograd.ops._autocast import autocast
 from entrenar.autograd.ops._function import Function
@@ -59,8 +60,10 @@ def scaled_dot_product_attention(
     Query, key, value and mask are kept, and one block of scores exists at a time: memory is linear in T and in S. A
     second derivative works, but keeps all blocks of the backward, whose memory is quadratic.
 
-    There is a kernel for float32 and bfloat16 on the CPU, without a mask (but is_causal) and dropout, for up to 256
-    columns, where nothing is broadcast; for its backward the output and a number for each query are kept too.
+    There are kernels, without a mask (but is_causal) and dropout, for up to 256 columns, where nothing is broadcast;
+    for their backward the output and a number for each query are kept too. On the CPU they take float32 and bfloat16.
+    On CUDA (from compute capability 8.0) they are torch's own, for float32, bfloat16 and float16, the last two with
+    is_causal only if T <= S; their gradients are the same in every run only under torch.use_deterministic_algorithms.
 
     Raises RuntimeError where shapes, dtypes or devices do not match, TypeError for values that are not floating point.
     """
@@ -70,7 +73,7 @@ def scaled_dot_product_attention(
         attn_mask = torch.atleast_2d(attn_mask)
     if scale is None:
         scale = 1 / math.sqrt(max(query.shape[-1], 1))
-    seed = int(torch.randint(2**63 - 1, ())) if dropout_p > 0 else None
+    seed = int(torch.randint(2**63 - 1, (), device="cpu")) if dropout_p > 0 else None
     output, _ = AttentionFunction.apply(query, key, value, attn_mask, scale, dropout_p, seed, is_causal, enable_gqa)
     return output
 
@@ -146,7 +149,7 @@ class AttentionFunction(Function):
         is_causal: bool,
         enable_gqa: bool,
     ) -> tuple[Tensor, Tensor]:
-        if attn_mask is None and seed is None and has_kernel(query, key, value, enable_gqa):
+        if attn_mask is None and seed is None and has_kernel(query, key, value, enable_gqa, is_causal):
             return attention_forward(query, key, value, None, scale, is_causal)
         outputs = []
         with torch.autocast(query.device.type, enabled=False):
@@ -269,7 +272,12 @@ class _Heads:
         enable_gqa: bool,
     ) -> None:
         shared = key.shape[-3] if enable_gqa else 1
-        query = query.unflatten(-3, (shared, query.shape[-3] // shared)) if enable_gqa else query.unsqueeze(-3)
+        # Not by unflatten, which torch.compile of 2.11 does not trace under a default device.
+        query = (
+            query.view(*query.shape[:-3], shared, query.shape[-3] // shared, *query.shape[-2:])
+            if enable_gqa
+            else query.unsqueeze(-3)
+        )
         self.lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-2], value.shape[:-2])
         self.groups, self.length = query.shape[-3], query.shape[-2]
         self.shape = (*self.lead[:-1], self.lead[-1] * self.groups) if enable_gqa else self.lead
@@ -293,9 +301,9 @@ class _Heads:
             stop = min(start + BLOCK, self.length)
             rows = slice(start, stop)
             if self.is_causal:
-                seen = min(stop, keys)
-                mask = torch.ones(stop - start, seen, dtype=torch.bool, device=self.q.device).tril(start)
-                yield _Block(rows, slice(0, seen), self._bias(mask))
+                end = min(stop, keys)
+                mask = torch.ones(stop - start, end, dtype=torch.bool, device=self.q.device).tril(start)
+                yield _Block(rows, slice(0, end), self._bias(mask))
             elif self.mask is None:
                 yield _Block(rows, slice(0, keys))
             else:
@@ -340,7 +348,7 @@ class _Heads:
 
     def split(self, x: Tensor) -> Tensor:
         """[N, G rows, C] as [N, G, rows, C]."""
-        return x.unflatten(1, (self.groups, x.shape[1] // self.groups))
+        return x.view(x.shape[0], self.groups, x.shape[1] // self.groups, x.shape[2])
 
     def _unstack(self, x: Tensor) -> Tensor:
         """[N, G rows, C] as [*shape, rows, C]."""
