@@ -14,7 +14,7 @@ from typing import Any
 import bitsandbytes.optim as bnb
 import torch
 
-from benchmarks.harness import floor, interleaved, print_table, ratio, refuse_if_red, write
+from benchmarks.harness import interleaved, print_table, ratio, refuse_if_red, write
 from entrenar import optim
 
 TESTS = ("tests/optim",)
@@ -97,7 +97,7 @@ def main() -> None:
     torch.manual_seed(0)
     rows = measure(arguments.rounds)
     print_table(rows)
-    write("optimizers", {"rows": rows, "floor": floor()})
+    write("optimizers", {"rows": rows})
 
 
 if __name__ == "__main__":
