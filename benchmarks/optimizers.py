@@ -1,6 +1,6 @@
 """A step of the optimizers, beside torch's fused ones and bitsandbytes': one large tensor, and the 420 of a LoRA.
 
-times_ours is the time over that of our optimizer of the same rule with states of as many bits (the first row of a kind).
+times_ours is the time over that of our optimizer of the same rule with states of as many bits, the first row of a kind.
 The bytes of states are counted after the steps.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import bitsandbytes.optim as bnb
 import torch
 
-from benchmarks.harness import floor, interleaved, print_table, ratio, refuse_if_red, write
+from benchmarks.harness import interleaved, print_table, ratio, refuse_if_red, write
 from entrenar import optim
 
 TESTS = ("tests/optim",)
@@ -97,7 +97,7 @@ def main() -> None:
     torch.manual_seed(0)
     rows = measure(arguments.rounds)
     print_table(rows)
-    write("optimizers", {"rows": rows, "floor": floor()})
+    write("optimizers", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from entrenar.autograd.ops._kernel import DTYPES, PLAIN
+from entrenar.autograd.ops._kernel import DEVICES, DTYPES, PLAIN
 from entrenar.autograd.ops._library import define
 from entrenar.optim.codes import BLOCK, ZERO_CODE, codebook, dequantize_blockwise, quantize_blockwise
 from entrenar.optim.exchange import from_bitsandbytes
@@ -160,7 +160,7 @@ class KernelOptimizer(Optimizer):
             factor = factors.get(device)
             params = [row[0] for row in rows]
             states = [row[2] for row in rows]
-            if dtype not in DTYPES or not PLAIN.issuperset(types) or not _has_kernels(device.type):
+            if dtype not in DTYPES or not PLAIN.issuperset(types) or device.type not in DEVICES:
                 if factor is None or bool(factor.isfinite()):
                     for param, grad, state in rows:
                         self._step_in_torch(group, param, grad if factor is None else grad * factor, state)
@@ -236,12 +236,12 @@ class KernelOptimizer(Optimizer):
         self.grad_norm, factor = norm_and_factor[0], norm_and_factor[1]
         factors = {device: factor.to(device) for device in dict.fromkeys(grad.device for grad in grads)}
         skip = factor.isnan()
-        if factor.is_cpu:
-            if skip:
-                warnings.warn(f"a step was left out: {self._culprit()}", RuntimeWarning, stacklevel=4)
-                self._skipped.setdefault(factor.device, torch.zeros((), dtype=torch.int64)).add_(1)
-        else:
-            self._skipped.setdefault(factor.device, torch.zeros_like(skip, dtype=torch.int64)).add_(skip)
+        if factor.is_cpu and skip:
+            warnings.warn(f"a step was left out: {self._culprit()}", RuntimeWarning, stacklevel=4)
+        counts = self._skipped
+        if factor.device not in counts:
+            counts[factor.device] = torch.zeros_like(skip, dtype=torch.int64)
+        counts[factor.device].add_(skip)
         return factors
 
     def _culprit(self) -> str:
@@ -318,17 +318,11 @@ def global_norm(grads: list[Tensor], max_norm: float) -> Tensor:
         by_device[grad.device].append(grad)
     if len(by_device) == 1:
         (only,) = by_device
-        if _has_kernels(only.type) and all(g.dtype in DTYPES and type(g) in PLAIN for g in grads):
+        if only.type in DEVICES and all(g.dtype in DTYPES and type(g) in PLAIN for g in grads):
             return torch.ops.entrenar.grad_norm([grad.contiguous() for grad in grads], max_norm)
     norm = torch.nn.utils.get_total_norm(grads).float()
     factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), torch.nan)
     return torch.stack([norm, factor])
-
-
-def _has_kernels(device_type: str) -> bool:
-    if device_type == "cpu":
-        return True
-    return device_type == "cuda" and torch._C._dispatch_has_kernel_for_dispatch_key("entrenar::adam_", "CUDA")
 
 
 def _refuse(settings: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ def dynamic_map(signed: bool) -> Tensor:
     the middle of its cell. The signed map mirrors them; zero and 1 complete both. These are the values of bitsandbytes'
     `create_dynamic_map`, to the bit.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], device="cpu")]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, device="cpu")
         magnitudes = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)

@@ -13,6 +13,13 @@ from runs import set_gradients as set_large_gradients
 from entrenar import optim
 from entrenar.optim.exchange import to_bitsandbytes
 
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(device):
+    """Whose rules are the ones that ours are; its CUDA kernels decay after the step."""
+    torch.set_default_device(None)
+
+
 # Its SGD has no dampening, its Adam no L2 penalty.
 SETTINGS = {
     "SGD": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.1},

@@ -112,10 +112,10 @@ void step_codes(const OptimCall& call, const OptimStep& step, float factor, cons
       optim_update<rule, VectorMath>(step, 1, grad * factor, param, a, b);
       store_param<dtype>(call, step, params + i, param, grad, i, count);
       store(as + offset, a);
-      a_most = larger(a_most, magnitude(a));
+      a_most = larger(magnitude(a), a_most);  // NaN does not count
       if (rule == kAdam) {
         store(bs + offset, b);
-        b_most = larger(b_most, b);
+        b_most = larger(b, b_most);
       }
     });
     store_codes<true>(*call.codebooks[0], as, a_most, size, a_codes, t.absmaxes[0] + number);
