@@ -1,0 +1,491 @@
+// Products with an int4 weight on Hopper: the weight is decoded into the registers that wgmma reads its first operand
+// from, so the product comes out transposed, features by tokens, and is turned on its way to memory.
+#include "product_sm90.h"
+
+#include <cuda_bf16.h>
+
+#include "hopper.h"
+#include "product_sm90_maps.h"
+
+namespace entrenar {
+
+namespace sm90 {
+
+namespace {
+
+using namespace hopper;
+
+constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 2;
+constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+constexpr int kAhead = 4;          // steps for which the producer holds scales in registers
+constexpr int kMaxRank = kStep;    // the last term is one more step
+constexpr int kMaxShared = 227 * 1024;
+
+static_assert(kConsumers * kWarpgroupFeatures == kFeatures, "");
+static_assert((kConsumers * kConsumerRegisters + kProducerRegisters) * kWarpgroup <= 65536, "");
+static_assert(kFeatures == kWarpgroup && 2 * kStep == kWarpgroup, "a producer's thread for each scale");
+
+struct Arguments {
+  CUtensorMap in, codes, out, low;
+  const uint16_t* scales;
+  const float* bias;
+  const uint16_t* factor;
+  int64_t blocks, tiles;  // blocks of a row; tiles of the whole, each of kCluster blocks side by side
+  int block, rank, features, steps, feature_tiles, token_tiles;
+};
+
+// Shared memory: stages of the pipeline, each of input, codes and scales; the output's tile; the barriers.
+template <int kTokens>
+struct Layout {
+  static constexpr int kIn = kTokens * kStep * 2;
+  static constexpr int kStage = kIn + kCodesBytes + kScalesBytes;
+  static constexpr int kWarpgroupOut = kTokens * kWarpgroupFeatures * 2;
+  static constexpr int kOut = kConsumers * kWarpgroupOut;
+  static constexpr int kBarriers = 1024;
+  static constexpr int kFit = (kMaxShared - kOut - kBarriers) / kStage;
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kBytes = kStages * kStage + kOut + kBarriers;
+  static_assert(kStage % 1024 == 0, "the 128-byte swizzle repeats after 1024 bytes");
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+template <int kTokens>
+struct Pipeline {
+  char* shared;
+  int stage = 0, parity = 0;
+
+  __device__ void next() {
+    if (++stage == Layout<kTokens>::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ char* in() const { return shared + stage * Layout<kTokens>::kStage; }
+  __device__ char* codes() const { return in() + Layout<kTokens>::kIn; }
+  __device__ char* scales() const { return codes() + kCodesBytes; }
+  __device__ uint32_t full() const {
+    return shared_address(shared + Layout<kTokens>::kBytes - Layout<kTokens>::kBarriers) + stage * 16;
+  }
+  __device__ uint32_t empty() const { return full() + 8; }
+};
+
+// Scales of one step for one producer's thread: of the step's 32-element groups of its row in the forward, of two
+// groups of features of its row in the gradient.
+template <bool gradient, int kCluster>
+struct ScaleReader {
+  const Arguments& p;
+  int rank, thread;
+  int64_t tile;
+  int step = 0;
+  const uint16_t* at = nullptr;
+
+  __device__ ScaleReader(const Arguments& p, int rank, int thread)
+      : p(p), rank(rank), thread(thread), tile(blockIdx.x / kCluster) {
+    start();
+  }
+
+  __device__ void start() {
+    if (tile >= p.tiles) return;
+    const int feature = (tile_at(tile, p.feature_tiles, p.token_tiles).features * kCluster + rank) * kFeatures;
+    if (gradient) {
+      const int column = min(feature + thread / kStep * kWarpgroupFeatures, p.features - kWarpgroupFeatures);
+      at = p.scales + thread % kStep * p.blocks + column / p.block;
+    } else {
+      at = p.scales + min(feature + thread, p.features - 1) * p.blocks;
+    }
+  }
+
+  __device__ uint32_t next() {
+    if (tile >= p.tiles) return 0;
+    const bool two = p.block == int4::kGroup;
+    const uint32_t value = two ? __ldg((const uint32_t*)at) : __ldg(at) * 0x10001u;
+    at += gradient ? kStep * p.blocks : kStep / p.block;
+    if (++step == p.steps) {
+      step = 0;
+      tile += gridDim.x / kCluster;
+      start();
+    }
+    return value;
+  }
+};
+
+template <bool gradient, int kTokens, int kCluster>
+__device__ void produce(const Arguments& p, Pipeline<kTokens> pipeline, int rank) {
+  using L = Layout<kTokens>;
+  const int thread = threadIdx.x % kWarpgroup;
+  constexpr int kPart = kTokens / kCluster;  // each block of a cluster loads its part of the input for all of them
+
+  const auto load = [&](const CUtensorMap* map, int column, int token, int feature, int step, bool weight) {
+    const uint32_t full = pipeline.full();
+    barrier_expect(full, L::kIn + (weight ? kCodesBytes : 0));
+    const uint32_t in = shared_address(pipeline.in()) + rank * (kPart * kStep * 2);
+    if (kCluster == 1) {
+      load_tile(in, map, column, token, full);
+    } else {
+      load_tile(in, map, column, token + rank * kPart, full, (1 << kCluster) - 1);
+    }
+    if (!weight) return;
+    const uint32_t codes = shared_address(pipeline.codes());
+    if (gradient) {
+      load_tile(codes, &p.codes, feature / 2, step * kStep, full);
+    } else {
+      load_tile(codes, &p.codes, step * (kStep / 2), feature, full);
+    }
+  };
+  const auto publish = [&] {
+    __syncwarp();
+    if (thread % kWarp == 0) barrier_arrive(pipeline.full());
+    pipeline.next();
+  };
+
+  ScaleReader<gradient, kCluster> reader(p, rank, thread);
+  uint32_t ahead[kAhead];
+#pragma unroll
+  for (int i = 0; i < kAhead; i++) ahead[i] = reader.next();
+
+  int64_t tile = blockIdx.x / kCluster;
+  int step = 0, feature = 0, token = 0;
+  while (true) {
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) {
+      if (step == 0) {
+        if (tile >= p.tiles) return;
+        const Tile at = tile_at(tile, p.feature_tiles, p.token_tiles);
+        feature = (at.features * kCluster + rank) * kFeatures;
+        token = at.tokens * kTokens;
+      }
+      barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
+      if (thread == 0) load(&p.in, step * kStep, token, feature, step, true);
+      write_scales<gradient>(pipeline.scales(), thread, ahead[i]);
+      ahead[i] = reader.next();
+      publish();
+      if (++step == p.steps) {
+        step = 0;
+        tile += gridDim.x / kCluster;
+        if (p.rank) {
+          barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
+          if (thread == 0) load(&p.low, 0, token, feature, 0, false);
+          publish();
+        }
+      }
+    }
+  }
+}
+
+// The factor of the last term: the fragment of 16 of its contraction, zero beyond its rank.
+template <bool gradient>
+__device__ void read_factor(uint32_t (&a)[4], const Arguments& p, int feature, int first) {
+  const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
+  for (int half = 0; half < 2; half++) {
+    const int64_t row = min(feature + 8 * feature_chunk(gradient, warp, half) + lane / 4, p.features - 1);
+    for (int i = 0; i < 2; i++) {
+      const int k = first + 2 * (lane % 4) + 8 * i;
+      uint32_t pair = 0;
+      if (k < p.rank) {
+        if (gradient) {
+          pair = __ldg(p.factor + k * (int64_t)p.features + row);
+          pair |= (uint32_t)__ldg(p.factor + (k + 1) * (int64_t)p.features + row) << 16;
+        } else {
+          pair = __ldg((const uint32_t*)(p.factor + row * p.rank + k));
+        }
+      }
+      a[2 * i + half] = pair;
+    }
+  }
+}
+
+template <int kSums>
+__device__ void multiply(float (&sums)[kSums], Fragments& a, uint64_t in, bool accumulate) {
+  for (auto& fragment : a) {
+    for (uint32_t& pair : fragment) pin(pair);
+  }
+  wgmma_fence();
+  wgmma(sums, a[0], in, accumulate);
+  wgmma(sums, a[1], in + kWgmmaNext, true);
+  wgmma_commit();
+}
+
+template <int kCluster>
+__device__ void release(uint32_t empty) {
+  const int lane = threadIdx.x % kWarp;
+  if (kCluster == 1) {
+    if (lane == 0) barrier_arrive(empty);
+  } else {
+    if (lane < kCluster) barrier_arrive_at(empty, lane);
+  }
+}
+
+template <bool gradient, int kTokens>
+__device__ void write(const Arguments& p, float (&sums)[kTokens / 2], char* out, int feature, int token) {
+  const int warpgroup = threadIdx.x / kWarpgroup - 1, warp = threadIdx.x % kWarpgroup / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  if (!gradient && p.bias) {
+    for (int half = 0; half < 2; half++) {
+      const int row = feature + 8 * feature_chunk(gradient, warp, half) + lane / 4;
+      const float bias = row < p.features ? __ldg(p.bias + row) : 0;
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; i += 4) {
+        sums[i + 2 * half] += bias;
+        sums[i + 2 * half + 1] += bias;
+      }
+    }
+  }
+  const bool elected = threadIdx.x % kWarpgroup == 0;
+  if (elected) wait_stores_read();
+  warpgroup_sync(1 + warpgroup);
+  const uint32_t to = shared_address(out) + stored_row(gradient, warp, lane);
+  const auto narrow = [](float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *(const uint32_t*)&pair;
+  };
+#pragma unroll
+  for (int i = 0; i < kTokens / 16; i++) {
+    const float* const s = sums + 8 * i;
+    store_matrices_transposed(to + kNextTokens * i, narrow(s[0], s[1]), narrow(s[2], s[3]), narrow(s[4], s[5]),
+                              narrow(s[6], s[7]));
+  }
+  fence_tensor_copies();
+  warpgroup_sync(1 + warpgroup);
+  if (elected) store_tile(&p.out, feature, token, shared_address(out));
+}
+
+template <bool gradient, int kTokens, int kCluster>
+__device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int rank) {
+  using L = Layout<kTokens>;
+  const int thread = threadIdx.x - kWarpgroup, warpgroup = thread / kWarpgroup;
+  char* const out = pipeline.shared + L::kStages * L::kStage + warpgroup * L::kWarpgroupOut;
+  float sums[kTokens / 2];
+  Fragments a[2];
+
+  for (int64_t tile = blockIdx.x / kCluster; tile < p.tiles; tile += gridDim.x / kCluster) {
+    const Tile at = tile_at(tile, p.feature_tiles, p.token_tiles);
+    const int feature = (at.features * kCluster + rank) * kFeatures + warpgroup * kWarpgroupFeatures;
+    uint32_t used = 0;
+
+    barrier_wait(pipeline.full(), pipeline.parity);
+    decode<gradient>(a[0], pipeline.codes(), pipeline.scales(), thread, 0);
+    for (int step = 0; step < p.steps; step++) {
+      // While the tensor cores multiply by one half of the stage, the other is decoded.
+      const uint64_t in = wgmma_rows(shared_address(pipeline.in()));
+      multiply(sums, a[0], in, step > 0);
+      wgmma_wait<1>();
+      if (step > 0) release<kCluster>(used);
+      decode<gradient>(a[1], pipeline.codes(), pipeline.scales(), thread, 1);
+      multiply(sums, a[1], in + 2 * kWgmmaNext, true);
+      wgmma_wait<1>();
+      used = pipeline.empty();
+      pipeline.next();
+      if (step + 1 < p.steps) {
+        barrier_wait(pipeline.full(), pipeline.parity);
+        decode<gradient>(a[0], pipeline.codes(), pipeline.scales(), thread, 0);
+      }
+    }
+    if (p.rank) {
+      wgmma_wait<0>();
+      release<kCluster>(used);
+      for (int i = 0; i < 4; i++) read_factor<gradient>(a[i / 2][i % 2], p, feature, 16 * i);
+      barrier_wait(pipeline.full(), pipeline.parity);
+      const uint64_t in = wgmma_rows(shared_address(pipeline.in()));
+      multiply(sums, a[0], in, true);
+      multiply(sums, a[1], in + 2 * kWgmmaNext, true);
+      used = pipeline.empty();
+      pipeline.next();
+    }
+    wgmma_wait<0>();
+    release<kCluster>(used);
+    for (float& sum : sums) pin(sum);
+    write<gradient, kTokens>(p, sums, out, feature, at.tokens * kTokens);
+  }
+  if (threadIdx.x % kWarpgroup == 0) wait_stores();
+}
+
+#endif
+
+template <bool gradient, int kTokens, int kCluster>
+__global__ __launch_bounds__(kThreads, 1) void product_kernel(const __grid_constant__ Arguments p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  Pipeline<kTokens> pipeline;
+  pipeline.shared = shared_memory();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Layout<kTokens>::kStages; i++) {
+      barrier_init(pipeline.full(), kWarpgroup / kWarp);
+      barrier_init(pipeline.empty(), kCluster * kConsumers * kWarpgroup / kWarp);
+      pipeline.next();
+    }
+    fence_barrier_init();
+  }
+  pipeline.stage = pipeline.parity = 0;
+  __syncthreads();
+  if (kCluster > 1) cluster_sync();
+
+  const int rank = blockIdx.x % kCluster;
+  if (threadIdx.x < kWarpgroup) {
+    shrink_registers<kProducerRegisters>();
+    produce<gradient, kTokens, kCluster>(p, pipeline, rank);
+  } else {
+    grow_registers<kConsumerRegisters>();
+    consume<gradient, kTokens, kCluster>(p, pipeline, rank);
+  }
+  if (kCluster > 1) cluster_sync();  // a block's shared memory stays until its neighbours have done with it
+#endif
+}
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode find_encode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? (Encode)function : nullptr;
+}
+
+// A row-major matrix, and its tile in shared memory.
+struct Matrix {
+  CUtensorMapDataType type;
+  const void* data;
+  int64_t rows, columns;
+  int tile_rows, tile_columns;
+  CUtensorMapSwizzle swizzle;
+};
+
+bool describe(CUtensorMap* map, const Matrix& matrix) {
+  static const Encode encode = find_encode();
+  if (!encode) return false;
+  const int size = matrix.type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2 : 1;
+  const cuuint64_t extent[] = {(cuuint64_t)matrix.columns, (cuuint64_t)matrix.rows};
+  const cuuint64_t pitch[] = {(cuuint64_t)matrix.columns * size};
+  const cuuint32_t box[] = {(cuuint32_t)matrix.tile_columns, (cuuint32_t)matrix.tile_rows}, step[] = {1, 1};
+  return encode(map, matrix.type, 2, (void*)matrix.data, extent, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                matrix.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+bool describe(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int tile_rows) {
+  return describe(map, {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, data, rows, columns, tile_rows, kStep,
+                        CU_TENSOR_MAP_SWIZZLE_128B});
+}
+
+int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
+
+template <bool gradient, int kTokens, int kCluster>
+int launch(const ProductSm90& product, int processors, cudaStream_t stream) {
+  const Weight& w = product.weight;
+  const int64_t features = gradient ? w.columns : w.rows, contraction = gradient ? w.rows : w.columns;
+  Arguments p = {};
+  p.scales = (const uint16_t*)w.scales;
+  p.bias = product.bias;
+  p.factor = (const uint16_t*)product.factor;
+  p.blocks = int4::blocks(w.columns, w.block);
+  p.block = w.block;
+  p.rank = product.rank;
+  p.features = (int)features;
+  p.steps = (int)(contraction / kStep);
+  p.feature_tiles = (int)tiles(features, kFeatures * kCluster);
+  p.token_tiles = (int)tiles(product.tokens, kTokens);
+  p.tiles = (int64_t)p.feature_tiles * p.token_tiles;
+
+  const Matrix codes = {CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, w.rows, int4::row_bytes(w.columns),
+                        gradient ? kStep : kFeatures, (gradient ? kFeatures : kStep) / 2,
+                        gradient ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B};
+  if (!describe(&p.codes, codes) || !describe(&p.in, product.in, product.tokens, contraction, kTokens / kCluster) ||
+      !describe(&p.out, product.out, product.tokens, features, kTokens)) {
+    return cudaErrorInvalidValue;
+  }
+  if (p.rank && !describe(&p.low, product.low, product.tokens, p.rank, kTokens / kCluster)) {
+    return cudaErrorInvalidValue;
+  }
+
+  const auto kernel = product_kernel<gradient, kTokens, kCluster>;
+  constexpr int kBytes = Layout<kTokens>::kBytes;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  const int64_t clusters = p.tiles < processors / kCluster ? p.tiles : processors / kCluster;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((unsigned)(clusters * kCluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+template <bool gradient, int kTokens>
+int launch(const ProductSm90& product, int processors, int cluster, cudaStream_t stream) {
+  return cluster == 2 ? launch<gradient, kTokens, 2>(product, processors, stream)
+                      : launch<gradient, kTokens, 1>(product, processors, stream);
+}
+
+int launch(const ProductSm90& product, int tokens, int cluster, int processors, cudaStream_t stream) {
+  const auto with_tokens = [&](auto gradient) {
+    switch (tokens) {
+      case 256: return launch<decltype(gradient)::value, 256>(product, processors, cluster, stream);
+      case 128: return launch<decltype(gradient)::value, 128>(product, processors, cluster, stream);
+      default: return launch<decltype(gradient)::value, 64>(product, processors, cluster, stream);
+    }
+  };
+  return product.gradient ? with_tokens(std::true_type()) : with_tokens(std::false_type());
+}
+
+// The tile's tokens: the fewest rounds of tiles for their length, which small tiles spend in part on decoding.
+int choose_tokens(int64_t features, int64_t tokens, int processors) {
+  int best = 0;
+  int64_t least = 0;
+  for (const int candidate : {256, 128, 64}) {
+    const int64_t rounds = tiles(tiles(features, kFeatures) * tiles(tokens, candidate), processors);
+    const int64_t cost = rounds * (candidate + 16);
+    if (!best || cost < least) {
+      best = candidate;
+      least = cost;
+    }
+  }
+  return best;
+}
+
+struct Device {
+  int major = 0, minor = 0, processors = 0;
+  Device() {
+    int device;
+    if (cudaGetDevice(&device) != cudaSuccess) return;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+};
+
+bool aligned(const void* pointer, int bytes) { return (uintptr_t)pointer % bytes == 0; }
+
+}  // namespace
+
+}  // namespace sm90
+
+bool product_sm90_takes(const ProductSm90& product) {
+  using namespace sm90;
+  const Weight& w = product.weight;
+  if (!w.codes || w.float32_scales || w.rows % kStep || w.columns % kStep) return false;
+  if (w.rows == 0 || w.columns == 0 || w.rows > INT32_MAX || w.columns > INT32_MAX || product.tokens > INT32_MAX) return false;
+  if (!aligned(product.in, 16) || !aligned(product.out, 16) || !aligned(w.codes, 16) || !aligned(w.scales, 4)) return false;
+  if (product.rank % 8 || product.rank < 0 || product.rank > kMaxRank) return false;
+  if (product.rank && (!aligned(product.low, 16) || !aligned(product.factor, 4))) return false;
+  const Device device;
+  return device.major == 9 && device.minor == 0;
+}
+
+int product_sm90(const ProductSm90& product, void* stream) {
+  using namespace sm90;
+  if (product.tokens == 0) return cudaSuccess;
+  const Device device;
+  const int64_t features = product.gradient ? product.weight.columns : product.weight.rows;
+  const int tokens = choose_tokens(features, product.tokens, device.processors);
+  return launch(product, tokens, 2, device.processors, (cudaStream_t)stream);
+}
+
+}  // namespace entrenar
