@@ -19,7 +19,6 @@ constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
-constexpr int kAhead = 4;          // steps for which the producer holds scales in registers
 constexpr int kMaxRank = kStep;    // the last term is one more step
 constexpr int kMaxShared = 227 * 1024;
 
@@ -111,6 +110,8 @@ struct ScaleReader {
     return value;
   }
 };
+
+constexpr int kAhead = 4;  // steps for which the producer holds scales in registers
 
 template <bool gradient, int kTokens, int kCluster>
 __device__ void produce(const Arguments& p, Pipeline<kTokens> pipeline, int rank) {
@@ -284,13 +285,14 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int rank
       }
     }
     if (p.rank) {
+      Fragments factor[2];
+      for (int i = 0; i < 4; i++) read_factor<gradient>(factor[i / 2][i % 2], p, feature, 16 * i);
       wgmma_wait<0>();
       release<kCluster>(used);
-      for (int i = 0; i < 4; i++) read_factor<gradient>(a[i / 2][i % 2], p, feature, 16 * i);
       barrier_wait(pipeline.full(), pipeline.parity);
       const uint64_t in = wgmma_rows(shared_address(pipeline.in()));
-      multiply(sums, a[0], in, true);
-      multiply(sums, a[1], in + 2 * kWgmmaNext, true);
+      multiply(sums, factor[0], in, true);
+      if (p.rank > kStep / 2) multiply(sums, factor[1], in + 2 * kWgmmaNext, true);
       used = pipeline.empty();
       pipeline.next();
     }
@@ -470,9 +472,12 @@ bool aligned(const void* pointer, int bytes) { return (uintptr_t)pointer % bytes
 bool product_sm90_takes(const ProductSm90& product) {
   using namespace sm90;
   const Weight& w = product.weight;
-  if (!w.codes || w.float32_scales || w.rows % kStep || w.columns % kStep) return false;
-  if (w.rows == 0 || w.columns == 0 || w.rows > INT32_MAX || w.columns > INT32_MAX || product.tokens > INT32_MAX) return false;
-  if (!aligned(product.in, 16) || !aligned(product.out, 16) || !aligned(w.codes, 16) || !aligned(w.scales, 4)) return false;
+  constexpr int64_t kMost = INT32_MAX - 1024;  // tiles at the edges reach beyond
+  if (!w.codes || w.float32_scales || (w.block != 64 && w.block != 32)) return false;
+  if (w.rows == 0 || w.rows % kStep || w.rows > kMost) return false;
+  if (w.columns == 0 || w.columns % kStep || w.columns > kMost || product.tokens > kMost) return false;
+  if (!aligned(product.in, 16) || !aligned(product.out, 16)) return false;
+  if (!aligned(w.codes, 16) || !aligned(w.scales, 4)) return false;
   if (product.rank % 8 || product.rank < 0 || product.rank > kMaxRank) return false;
   if (product.rank && (!aligned(product.low, 16) || !aligned(product.factor, 4))) return false;
   const Device device;
