@@ -6,6 +6,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <optional>
+#include <vector>
 
 #include "int4.h"
 #include "weight.h"
@@ -30,17 +32,47 @@ inline Dtype float_dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
+inline void check_device(const Tensor& tensor, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(tensor.get_device_index() == x.get_device_index(), name,
+                  " must be on the device of the other tensors");
+}
+
 inline void check_like(const Tensor& tensor, const char* name, const Tensor& x) {
   const auto sizes = tensor.sizes(), expected = x.sizes();
   STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type() &&
                       std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()),
                   name, " must have the shape and dtype of the other tensors");
+  check_device(tensor, name, x);
+}
+
+inline void check_device(const Tensor& tensor, const Tensor& x) {
+  STD_TORCH_CHECK(tensor.get_device_index() == x.get_device_index(), "all tensors must be on x's device");
 }
 
 inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // An uninitialized contiguous tensor of x's shape and dtype.
 inline Tensor empty_as(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+
+// a.shape[:-1] + [last]
+inline Tensor empty_with_last(const Tensor& a, int64_t last) {
+  std::vector<int64_t> sizes(a.sizes().begin(), a.sizes().end());
+  sizes.back() = last;
+  return torch::stable::new_empty(a, sizes);
+}
+
+// The rows of x, taken as a matrix of its last dimension.
+inline int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) rows *= x.size(i);
+  return rows;
+}
+
+inline void check_bias(const std::optional<Tensor>& bias, int64_t columns) {
+  STD_TORCH_CHECK(!bias || (bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->dim() == 1 &&
+                            bias->size(0) == columns),
+                  "bias must be float32 with ", columns, " elements");
+}
 
 inline Weight int4_weight(const Tensor& codes, const Tensor& scales, int64_t columns, int64_t block) {
   STD_TORCH_CHECK(block == 32 || block == 64, "block must be 32 or 64, not ", block);

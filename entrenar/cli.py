@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 
 from entrenar.checkpoint import load_pretrained, load_tokenizer
+from entrenar.checkpoint.pretrained import available_device
 from entrenar.fusion import fuse
 from entrenar.lora.adapter import load_adapter
 from entrenar.lora.wrap import wrap
@@ -86,6 +87,7 @@ def _finetune(
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Compute activations anew in the backward: less memory, more time.")
     ] = False,
+    device: Annotated[str | None, typer.Option(help="Where to train: cuda (if there is one) or cpu.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
 ) -> None:
     """Train LoRA adapters on the 4-bit weights of a pretrained model."""
@@ -111,12 +113,18 @@ def _finetune(
         else:
             held = _examples(heldout, tokenizer, max_length, watcher)
         watcher.say(f"{len(train)} examples to train on, {len(held)} held out")
+        place = _device(device)
+        watcher.say(f"training on {place}{f' ({torch.cuda.get_device_name(place)})' if place.type == 'cuda' else ''}")
         torch.manual_seed(seed)
-        network = load_pretrained(model, bits=4)
+        network = load_pretrained(model, bits=4, device=place)
         report = wrap(network, rank=rank, alpha=alpha, dropout=dropout, activations=activations)
         watcher.say(str(report))
         result = finetune(network, tokenizer, train, held, config, out, resume=resume, watcher=watcher)
     print(describe_report(result, out))
+
+
+def _device(name: str | None) -> torch.device:
+    return available_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _examples(path: Path, tokenizer: Any, max_length: int, watcher: TerminalWatcher) -> list[Example]:
@@ -135,10 +143,11 @@ def _generate(
     model: Annotated[Path, typer.Option(help="Hugging Face directory or GGUF file.")],
     adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter: entrenar's or PEFT's.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cuda (if there is one) or cpu.")] = None,
 ) -> None:
     """Answer a prompt, word by word, with a pretrained model in 4 bits and an adapter."""
     tokenizer = load_tokenizer(model)
-    network = load_pretrained(model, bits=4)
+    network = load_pretrained(model, bits=4, device=_device(device))
     if adapter is not None:
         load_adapter(network, adapter)
     fuse(network)

@@ -23,7 +23,9 @@ def check_rounding(
     """
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
     output = op(*leaves)
-    d_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+    d_output = torch.randn(output.shape, generator=torch.Generator(torch.get_default_device()).manual_seed(1)).to(
+        output.dtype
+    )
     results = [output, *torch.autograd.grad(output, leaves, d_output)]
 
     shared = query.shape[-3] // key.shape[-3] if query.dim() > 2 else 1

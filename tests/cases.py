@@ -151,7 +151,7 @@ PACKED = {
 def packed_attention_arguments(sample: str, dtype: torch.dtype) -> tuple:
     rows = PACKED[sample][-1]
     q, k, v = (torch.randn(1, heads, rows, 24).to(dtype) for heads in (4, 2, 2))
-    return q, k, v, torch.tensor(PACKED[sample]), 0.3, sample != "batch"
+    return q, k, v, torch.tensor(PACKED[sample], device="cpu"), 0.3, sample != "batch"
 
 
 def attention_reference(

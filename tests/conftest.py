@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import warnings
 
 import pytest
@@ -8,8 +9,12 @@ import torch
 import entrenar
 from entrenar.autograd.ops._library import LEVELS
 
+# cuBLAS keeps to torch's deterministic mode only with this; it is read when the first product runs.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 def pytest_addoption(parser):
+    parser.addoption("--device", help="where the tests make their tensors, if they do not say: cuda")
     parser.addoption(
         "--emulated-cuda",
         metavar="LIBRARY",
@@ -25,11 +30,12 @@ def pytest_configure(config):
 
 
 def backends(config) -> list[str]:
-    """What can compute the ops here: the CPU at each of its levels, and a GPU; or the emulator alone."""
+    """Whose kernels a test can run: the CPU's at each of its levels, or those of the GPU or emulator that was named."""
     if config.getoption("--emulated-cuda"):
         return ["emulated"]
-    levels = LEVELS[: LEVELS.index(entrenar.cpu_level()) + 1]
-    return [*levels, "cuda"] if torch.cuda.is_available() else [*levels]
+    if device := config.getoption("--device"):
+        return [device]
+    return [*LEVELS[: LEVELS.index(entrenar.cpu_level()) + 1]]
 
 
 def pytest_generate_tests(metafunc):
@@ -39,15 +45,20 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def backend(request):
-    """Run the test with every kernel that this machine can run: on "cuda", tensors are made there by default."""
+    """Run the test with all kernels that can compute its ops."""
     before = entrenar.cpu_level()
     if request.param in LEVELS:
         entrenar.set_cpu_level(request.param)
-    if request.param == "cuda":
-        torch.set_default_device("cuda")
     yield request.param
-    torch.set_default_device(None)
     entrenar.set_cpu_level(before)
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """Make tensors on the device that was named."""
+    torch.set_default_device(request.config.getoption("--device"))
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ def check_against_float64(
     """
     function, inputs = as_function_of_leaves(ours, sample)
     result = function(*inputs)
-    dy = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(result.dtype)
+    dy = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(result)
     gradients = torch.autograd.grad(result, inputs, dy)
 
     function, wide_inputs = as_function_of_leaves(theirs, sample.transform(to_float64))

@@ -128,7 +128,9 @@ def check_gradients(twin: Twin, sample: SampleInput) -> None:
         result = function(*inputs)
         if not result.requires_grad:
             pytest.fail(f"{sample} asks for no gradient")
-        dy = torch.randn(result.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        dy = torch.randn(
+            result.shape, dtype=torch.float64, generator=torch.Generator(torch.get_default_device()).manual_seed(1)
+        )
         results.append(torch.autograd.grad(result, inputs, dy.to(result.dtype), allow_unused=True))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, equal_nan=True)

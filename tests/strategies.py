@@ -34,7 +34,7 @@ def broadcastable(count: int) -> st.SearchStrategy[tuple[Shape, ...]]:
 @st.composite
 def tensors(draw: st.DrawFn, shape: Shape, dtype: torch.dtype, scales: Sequence[float] = (0.1, 3.0)) -> Tensor:
     """A tensor of normally distributed values, of which some are 0, times one of `scales`."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**32 - 1)))
     layout, scale = draw(layouts), draw(st.sampled_from(scales))
     count = sum(n - 1 for n in shape) + 1 if layout == "overlapping" else math.prod(shape)
     values = scale * torch.randn(max(count, 0), generator=generator, dtype=torch.float64)

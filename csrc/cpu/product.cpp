@@ -14,18 +14,6 @@ namespace entrenar {
 using torch::stable::get_num_threads;
 using torch::stable::parallel_for;
 
-int64_t rows_of(const Tensor& x) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); i++) rows *= x.size(i);
-  return rows;
-}
-
-Tensor empty_with_last(const Tensor& a, int64_t last) {
-  std::vector<int64_t> sizes(a.sizes().begin(), a.sizes().end());
-  sizes.back() = last;
-  return torch::stable::new_empty(a, sizes);
-}
-
 namespace {
 
 // x as the units that the kernel reads: in place where its memory already is that, else in the workspace.
@@ -116,12 +104,8 @@ void multiply(const Term* terms, int count, bool transposed, float scale, const 
   p.rows = rows_of(y);
   p.columns = y.size(-1);
   p.y = y.mutable_data_ptr();
-  if (bias) {
-    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->dim() == 1 &&
-                        bias->size(0) == p.columns,
-                    "bias must be float32 with ", p.columns, " elements");
-    p.bias = bias->const_data_ptr<float>();
-  }
+  check_bias(bias, p.columns);
+  if (bias) p.bias = bias->const_data_ptr<float>();
   if (p.rows == 0 || p.columns == 0) return;
 
   const Kernels& k = kernels();

@@ -19,8 +19,4 @@ struct Term {
 void multiply(const Term* terms, int count, bool transposed, float scale, const std::optional<Tensor>& bias, Tensor& y,
               bool int8 = false);
 
-// a.shape[:-1] + [last]
-Tensor empty_with_last(const Tensor& a, int64_t last);
-int64_t rows_of(const Tensor& x);
-
 }  // namespace entrenar

@@ -63,7 +63,7 @@ struct Float<kFloat16> {
 // The dynamic shared memory of a block.
 static __device__ inline char* shared_memory() {
 #if defined(ENTRENAR_EMULATED)
-  return emulator::shared;
+  return emulator::shared_memory();
 #else
   extern __shared__ __align__(1024) char shared[];
   return shared;

@@ -8,6 +8,7 @@
 
 #include "../arguments.h"
 #include "device.h"
+#include "product.h"
 
 namespace entrenar {
 
@@ -30,10 +31,11 @@ Tensor int4_dequantize(const Tensor& codes, const Tensor& scales, int64_t in_fea
                        ScalarType dtype) {
   const Dtype decoded = decoded_dtype(dtype);
   const Weight w = int4_weight(codes, scales, in_features, block);
-  STD_TORCH_CHECK(codes.get_device_index() == scales.get_device_index(), "codes and scales must be on one device");
+  check_device(scales, codes);
+  check_aligned(w);
   Tensor out = torch::stable::new_empty(codes, {w.rows, in_features}, dtype);
   const OnDevice device(codes);
-  device.check(int4_dequantize_cuda(w, decoded, out.mutable_data_ptr(), device.stream()));
+  device.check(int4_dequantize_cuda(w, decoded, out.mutable_data_ptr(), in_features, device.stream()));
   return out;
 }
 

@@ -1,6 +1,8 @@
 // float32 and bfloat16 to int4 and back: the CPU's bits.
 #include "int4.h"
 
+#include <algorithm>
+
 #include "floats.h"
 
 namespace entrenar {
@@ -9,97 +11,234 @@ namespace {
 
 constexpr int kThreads = 256;
 
-static_assert(kWarp == int4::kGroup, "a lane for each element of a group");
+// Units of a thread: several, so that as many loads are in flight.
+template <bool wide>
+constexpr int kUnitsOf = wide ? 2 : 1;
 
-__device__ float element(const void* values, Dtype dtype, int64_t index) {
-  return dtype == kFloat32 ? ((const float*)values)[index] : int4::bfloat16_to_float(((const uint16_t*)values)[index]);
-}
+// A thread's unit of a group is a run of its code bytes: their low nibbles stand for elements that fill 16 bytes of the
+// matrix, and so do the high ones. Neighbouring threads then fill whole sectors of memory by its widest accesses.
+template <Dtype dtype>
+struct Unit {
+  using Bits = typename Float<dtype>::Bits;
+  static constexpr int kBytes = 16 / sizeof(Bits);
+  static constexpr int kOfGroup = int4::kGroupBytes / kBytes;
+  using Codes = Pack<uint8_t, kBytes>;
+  using Elements = Pack<Bits, kBytes>;
 
-// A warp for each block of a row.
-__global__ void quantize_kernel(const void* weight, Dtype dtype, int64_t rows, int64_t columns, int block,
-                                bool float32_scales, uint8_t* codes, void* scales) {
-  const int64_t blocks = int4::blocks(columns, block);
-  const int64_t warp = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / kWarp;
-  if (warp >= rows * blocks) return;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t row = warp / blocks, begin = warp % blocks * block;
+  int64_t byte, column;  // where it begins in the row of codes, and its low elements in the row of the matrix
 
-  float values[2] = {};
-  uint32_t absmax = 0;  // as integers, magnitudes order like floats with infinity and NaN above them all
-  for (int g = 0; g < block / int4::kGroup; g++) {
-    const int64_t column = begin + g * int4::kGroup + lane;
-    if (column < columns) values[g] = element(weight, dtype, row * columns + column);
-    absmax = max(absmax, int4::float_bits(values[g]) & 0x7fffffff);
-  }
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) absmax = max(absmax, __shfl_xor_sync(kAllLanes, absmax, offset));
+  __device__ Unit(int index, int units)
+      : byte((((int64_t)blockIdx.x * units + index) * blockDim.x + threadIdx.x) * kBytes),
+        column(byte / int4::kGroupBytes * int4::kGroup + byte % int4::kGroupBytes) {}
 
-  float s = int4::bits_float(absmax) / int4::kMaxCode;
-  if (float32_scales) {
-    if (lane == 0) ((float*)scales)[warp] = s;
-  } else {
-    const uint16_t half = int4::float_to_half(s);
-    if (lane == 0) ((uint16_t*)scales)[warp] = half;
-    s = int4::half_to_float(half);
-  }
-  const bool usable = s > 0 && s <= 3.402823466e38f;
-  for (int g = 0; g < block / int4::kGroup; g++) {
-    const int64_t group = begin + g * int4::kGroup;
-    if (group >= columns) break;
-    int q = 0;
-    if (usable) q = (int)rintf(fminf(fmaxf(values[g] / s, -int4::kMaxCode), int4::kMaxCode));
-    const int nibble = q + int4::kZeroNibble;
-    const int high = __shfl_down_sync(kAllLanes, nibble, int4::kGroupBytes);
-    if (lane < int4::kGroupBytes) {
-      codes[row * int4::row_bytes(columns) + group / int4::kGroup * int4::kGroupBytes + lane] = nibble | high << 4;
-    }
-  }
-}
-
-// A thread for each byte of codes.
-__global__ void dequantize_kernel(Weight w, Dtype dtype, void* out) {
-  const int64_t row_bytes = int4::row_bytes(w.columns);
-  const int64_t index = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  if (index >= w.rows * row_bytes) return;
-  const int64_t row = index / row_bytes, byte = index % row_bytes;
-  const int64_t first = byte / int4::kGroupBytes * int4::kGroup + byte % int4::kGroupBytes;
-  const int64_t scale = row * int4::blocks(w.columns, w.block) + first / w.block;
-  const float s =
-      w.float32_scales ? ((const float*)w.scales)[scale] : int4::half_to_float(((const uint16_t*)w.scales)[scale]);
-  for (int half = 0; half < 2; half++) {
-    const int64_t column = first + half * int4::kGroupBytes;
-    if (column >= w.columns) return;
-    const float value = ((w.codes[index] >> 4 * half & 15) - int4::kZeroNibble) * s;
-    if (dtype == kFloat32) {
-      ((float*)out)[row * w.columns + column] = value;
+  // Elements [column, column + kBytes) of a row, zeros from `columns` on. Where rows are `wide`, that is begin at
+  // multiples of 16 bytes, a run that begins in one also ends there, if need be in what pads it.
+  template <bool wide>
+  static __device__ Elements load(const Bits* row, int64_t column, int64_t columns) {
+    Elements run = {};
+    if constexpr (wide) {
+      if (column < columns) run = *(const Elements*)(row + column);
     } else {
-      ((uint16_t*)out)[row * w.columns + column] = int4::float_to_bfloat16(value);
+#pragma unroll
+      for (int i = 0; i < kBytes; i++) {
+        if (column + i < columns) run.at[i] = row[column + i];
+      }
+    }
+    return run;
+  }
+
+  template <bool wide>
+  static __device__ void store(const Elements& run, Bits* row, int64_t column, int64_t columns) {
+    if constexpr (wide) {
+      uint4 words;
+      __builtin_memcpy(&words, &run, sizeof words);
+      if (column < columns) __stcg((uint4*)(row + column), words);  // a plain store, the compiler may cut in four
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBytes; i++) {
+        if (column + i < columns) row[column + i] = run.at[i];
+      }
+    }
+  }
+};
+
+__device__ int64_t first_row() { return (int64_t)blockIdx.y * blockDim.y + threadIdx.y; }
+__device__ int64_t row_step() { return (int64_t)gridDim.y * blockDim.y; }
+
+// 1.5 * 2^23: added to a small float, it rounds it half to even into the last bits of the sum.
+constexpr float kMagic = 12582912.0f;
+
+template <Dtype dtype, Dtype scale_dtype, int block, bool wide>
+__global__ void __launch_bounds__(kThreads)
+    quantize_kernel(const typename Float<dtype>::Bits* weight, int64_t rows, int64_t columns, uint8_t* codes,
+                    typename Float<scale_dtype>::Bits* scales) {
+  using Unit = Unit<dtype>;
+  constexpr int kUnits = kUnitsOf<wide>;
+  using F = Float<dtype>;
+  using S = Float<scale_dtype>;
+  constexpr int kLanes = block / int4::kGroup * Unit::kOfGroup;  // that share a scale
+  const int64_t row_bytes = int4::row_bytes(columns), blocks = int4::blocks(columns, block);
+
+  for (int64_t row = first_row(); row < rows; row += row_step()) {
+    const auto* from = weight + row * columns;
+    typename Unit::Elements runs[kUnits][2];
+#pragma unroll
+    for (int u = 0; u < kUnits; u++) {
+      const Unit unit(u, kUnits);
+      runs[u][0] = Unit::template load<wide>(from, unit.column, columns);
+      runs[u][1] = Unit::template load<wide>(from, unit.column + int4::kGroupBytes, columns);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnits; u++) {
+      const Unit unit(u, kUnits);
+      uint32_t absmax = 0;  // as integers, magnitudes order like floats with infinity and NaN above them all
+#pragma unroll
+      for (int i = 0; i < 2 * Unit::kBytes; i++) {
+        absmax = max(absmax, int4::float_bits(F::widen(runs[u][i / Unit::kBytes].at[i % Unit::kBytes])) & 0x7fffffff);
+      }
+#pragma unroll
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        absmax = max(absmax, __shfl_xor_sync(kAllLanes, absmax, offset));
+      }
+      const auto stored = S::narrow(int4::bits_float(absmax) / int4::kMaxCode);
+      const float s = S::widen(stored);
+      const bool usable = s > 0 && s <= 3.402823466e38f;
+      const float divisor = usable ? s : 1.0f;
+
+      typename Unit::Codes packed;
+#pragma unroll
+      for (int i = 0; i < Unit::kBytes; i++) {
+        uint32_t nibbles[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const float q = fminf(fmaxf(F::widen(runs[u][half].at[i]) / divisor, -int4::kMaxCode), int4::kMaxCode);
+          nibbles[half] = usable ? (int4::float_bits(q + kMagic) + int4::kZeroNibble) & 15 : int4::kZeroNibble;
+        }
+        packed.at[i] = nibbles[0] | nibbles[1] << 4;
+      }
+      if (unit.byte < row_bytes) {
+        *(typename Unit::Codes*)(codes + row * row_bytes + unit.byte) = packed;
+        if (unit.byte % (block / 2) == 0) scales[row * blocks + unit.column / block] = stored;
+      }
     }
   }
 }
 
-cudaLaunchConfig_t one_thread_each(int64_t count, void* stream) {
+template <Dtype dtype, Dtype scale_dtype, int block, bool wide>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(const uint8_t* codes, const typename Float<scale_dtype>::Bits* scales, int64_t rows,
+                      int64_t columns, typename Float<dtype>::Bits* out, int64_t stride) {
+  using Unit = Unit<dtype>;
+  constexpr int kUnits = kUnitsOf<wide>;
+  const int64_t row_bytes = int4::row_bytes(columns), blocks = int4::blocks(columns, block);
+
+  for (int64_t row = first_row(); row < rows; row += row_step()) {
+    typename Unit::Codes packed[kUnits];
+    typename Float<scale_dtype>::Bits s[kUnits];
+#pragma unroll
+    for (int u = 0; u < kUnits; u++) {
+      const Unit unit(u, kUnits);
+      if (unit.byte >= row_bytes) break;
+      packed[u] = *(const typename Unit::Codes*)(codes + row * row_bytes + unit.byte);
+      s[u] = scales[row * blocks + unit.column / block];
+    }
+#pragma unroll
+    for (int u = 0; u < kUnits; u++) {
+      const Unit unit(u, kUnits);
+      if (unit.byte >= row_bytes) break;
+      const float scale = Float<scale_dtype>::widen(s[u]);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        typename Unit::Elements run;
+#pragma unroll
+        for (int i = 0; i < Unit::kBytes; i++) {
+          // 2^23 + nibble, whose conversion to float32 is but its bits.
+          const float q = int4::bits_float(0x4b000000 | (packed[u].at[i] >> 4 * half & 15)) -
+                          (8388608.0f + int4::kZeroNibble);
+          run.at[i] = Float<dtype>::narrow(q * scale);
+        }
+        Unit::template store<wide>(run, out + row * stride, unit.column + half * int4::kGroupBytes, columns);
+      }
+    }
+  }
+}
+
+// A unit for each thread of a row in x, rows in y.
+template <Dtype dtype>
+cudaLaunchConfig_t launch_over(int64_t rows, int64_t columns, bool wide, void* stream) {
+  const int64_t units = int4::groups(columns) * Unit<dtype>::kOfGroup;
+  const unsigned each = wide ? kUnitsOf<true> : kUnitsOf<false>;
+  unsigned width = kWarp;
+  while (width < kThreads && (int64_t)width * each < units) width *= 2;
+  const unsigned height = kThreads / width;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)((count + kThreads - 1) / kThreads));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(width, height);
+  config.gridDim = dim3((unsigned)((units + width * each - 1) / (width * each)),
+                        (unsigned)std::min<int64_t>((rows + height - 1) / height, 65535));
   config.stream = (cudaStream_t)stream;
   return config;
+}
+
+// f(scale_dtype, block, wide) with constants: a kernel for each.
+template <class F>
+int specialized(bool float32_scales, int block, bool wide, const F& f) {
+  const auto with_wide = [&](auto scale_dtype, auto constant_block) {
+    return wide ? f(scale_dtype, constant_block, std::true_type()) : f(scale_dtype, constant_block, std::false_type());
+  };
+  const auto with_block = [&](auto scale_dtype) {
+    return block == 64 ? with_wide(scale_dtype, std::integral_constant<int, 64>())
+                       : with_wide(scale_dtype, std::integral_constant<int, 32>());
+  };
+  return float32_scales ? with_block(std::integral_constant<Dtype, kFloat32>())
+                        : with_block(std::integral_constant<Dtype, kFloat16>());
+}
+
+bool aligned(const void* memory, int64_t row_bytes) { return ((uintptr_t)memory | (uintptr_t)row_bytes) % 16 == 0; }
+
+template <Dtype dtype>
+int quantize(const void* weight, int64_t rows, int64_t columns, int block, bool float32_scales, uint8_t* codes,
+             void* scales, void* stream) {
+  using Bits = typename Float<dtype>::Bits;
+  const bool wide = aligned(weight, columns * sizeof(Bits));
+  const cudaLaunchConfig_t config = launch_over<dtype>(rows, columns, wide, stream);
+  return specialized(float32_scales, block, wide, [&](auto scale_dtype, auto constant_block, auto constant_wide) {
+    constexpr Dtype kScale = decltype(scale_dtype)::value;
+    constexpr auto kernel =
+        quantize_kernel<dtype, kScale, decltype(constant_block)::value, decltype(constant_wide)::value>;
+    return (int)cudaLaunchKernelEx(&config, kernel, (const Bits*)weight, rows, columns, codes,
+                                   (typename Float<kScale>::Bits*)scales);
+  });
+}
+
+template <Dtype dtype>
+int dequantize(const Weight& w, void* out, int64_t stride, void* stream) {
+  using Bits = typename Float<dtype>::Bits;
+  const bool wide = aligned(out, stride * sizeof(Bits));
+  const cudaLaunchConfig_t config = launch_over<dtype>(w.rows, w.columns, wide, stream);
+  return specialized(w.float32_scales, w.block, wide, [&](auto scale_dtype, auto constant_block, auto constant_wide) {
+    constexpr Dtype kScale = decltype(scale_dtype)::value;
+    constexpr auto kernel =
+        dequantize_kernel<dtype, kScale, decltype(constant_block)::value, decltype(constant_wide)::value>;
+    return (int)cudaLaunchKernelEx(&config, kernel, w.codes, (const typename Float<kScale>::Bits*)w.scales, w.rows,
+                                   w.columns, (Bits*)out, stride);
+  });
 }
 
 }  // namespace
 
 int int4_quantize_cuda(const void* weight, Dtype dtype, int64_t rows, int64_t columns, int block, bool float32_scales,
                        uint8_t* codes, void* scales, void* stream) {
-  const int64_t threads = rows * int4::blocks(columns, block) * kWarp;
-  if (threads == 0) return cudaSuccess;
-  const cudaLaunchConfig_t config = one_thread_each(threads, stream);
-  return cudaLaunchKernelEx(&config, quantize_kernel, weight, dtype, rows, columns, block, float32_scales, codes, scales);
+  if (rows == 0 || columns == 0) return cudaSuccess;
+  if (columns % block == 0) columns *= rows, rows = 1;  // no block ends early, so that the rows are as one
+  return (dtype == kFloat32 ? quantize<kFloat32> : quantize<kBFloat16>)(weight, rows, columns, block, float32_scales,
+                                                                        codes, scales, stream);
 }
 
-int int4_dequantize_cuda(const Weight& weight, Dtype dtype, void* out, void* stream) {
-  const int64_t threads = weight.rows * int4::row_bytes(weight.columns);
-  if (threads == 0) return cudaSuccess;
-  const cudaLaunchConfig_t config = one_thread_each(threads, stream);
-  return cudaLaunchKernelEx(&config, dequantize_kernel, weight, dtype, out);
+int int4_dequantize_cuda(const Weight& weight, Dtype dtype, void* out, int64_t stride, void* stream) {
+  Weight w = weight;
+  if (w.rows == 0 || w.columns == 0) return cudaSuccess;
+  if (w.columns % w.block == 0 && stride == w.columns) w.columns *= w.rows, stride = w.columns, w.rows = 1;
+  return (dtype == kFloat32 ? dequantize<kFloat32> : dequantize<kBFloat16>)(w, out, stride, stream);
 }
 
 }  // namespace entrenar

@@ -35,8 +35,8 @@ def check_names_and_shapes(model: nn.Module, stored: dict[str, StoredTensor], pa
         raise CheckpointError(f"the tensors of {path} are not those of a {type(model).__name__}: {'; '.join(problems)}")
 
 
-def fill(model: nn.Module, stored: dict[str, StoredTensor], int4: dict[str, Any] | None) -> None:
-    """Read each tensor into its place in `model`, in the order of the files.
+def fill(model: nn.Module, stored: dict[str, StoredTensor], int4: dict[str, Any] | None, device: torch.device) -> None:
+    """Read each tensor onto the device, and into its place in `model`, in the order of the files.
 
     `int4` holds the arguments of `Int4Linear.from_weight` for the linear layers, which are replaced as their weights
     are read; None leaves them dense. Raises ValueError for a tensor that is not finite, that is of another kind than
@@ -53,13 +53,13 @@ def fill(model: nn.Module, stored: dict[str, StoredTensor], int4: dict[str, Any]
     for name, tensor in stored.items():
         if int4 is not None and name in linears:
             # The weight is bound to no name, so that it is gone before the next is read.
-            packed = Int4Linear.from_weight(tensor.read(), linears[name].bias, name=name, **int4)
+            packed = Int4Linear.from_weight(tensor.read().to(device), linears[name].bias, name=name, **int4)
             model.set_submodule(name.removesuffix(".weight"), packed)
             continue
         slot, value = slots[name], tensor.read()
         if value.is_floating_point() != slot.is_floating_point():
             raise ValueError(f"{name} is stored as {value.dtype}, where the model has {slot.dtype}")
-        value = value.to(slot.dtype)
+        value = value.to(device, slot.dtype)
         _check_finite(value, name)
         if id(slot) in done:
             if not torch.equal(value, done[id(slot)]):
@@ -75,8 +75,11 @@ def fill(model: nn.Module, stored: dict[str, StoredTensor], int4: dict[str, Any]
             setattr(model.get_submodule(owner), leaf, value)
 
 
-def compute_buffers(model: Any) -> None:
-    """Compute the buffers that no checkpoint stores (rotary frequencies, masks), as the model's classes do."""
+def compute_buffers(model: Any, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint stores (rotary frequencies, masks), as the model's classes do.
+
+    That is done on the CPU, whose results do not depend on the device, and the buffers then go there.
+    """
     lacking = []
     for module_name, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -96,6 +99,7 @@ def compute_buffers(model: Any) -> None:
         buffer = getattr(module, name)
         if buffer.is_floating_point() and buffer.isnan().any():
             raise CheckpointError(f"{type(model).__name__} has a buffer that cannot be computed: {module_name}.{name}")
+        setattr(module, name, buffer.to(device))
 
 
 def _aliases(model: nn.Module) -> dict[int, list[str]]:

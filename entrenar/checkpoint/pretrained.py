@@ -20,19 +20,22 @@ def load_pretrained(
     path: str | PathLike[str],
     bits: int | None = 4,
     *,
+    device: torch.device | str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     block: int = 64,
     scale_dtype: torch.dtype = torch.float16,
 ) -> nn.Module:
-    """Load a pretrained transformers model into 4 bits on the CPU without ever holding it in 16.
+    """Load a pretrained transformers model into 4 bits without ever holding it in 16.
 
-    The model is laid out without memory, then filled tensor by tensor: each is read, quantized and dropped before the
-    next, so the peak is the loaded size plus one tensor. It comes back in `eval()`, as from transformers.
+    The model is laid out without memory, then filled tensor by tensor: each is read, moved to the device, quantized
+    there and dropped before the next, so the peak is the loaded size plus one tensor (with its float32 copy where it
+    is stored as float16). It comes back in `eval()`, as from transformers.
 
     Args:
         path: a Hugging Face directory (config.json with model.safetensors or its shards), or a GGUF file of an
             architecture of the Llama kind. Pickled weights are refused, and nothing is downloaded.
         bits: 4 turns every nn.Linear but the output head into an Int4Linear; None loads the model dense.
+        device: where the model lies; the CPU if None. On a GPU the CPU's memory holds one tensor at a time.
         dtype: of what stays dense: embeddings, head, norms, biases.
         block: elements of a row that share a scale, 64 or 32.
         scale_dtype: float16 or float32, in which the scales are stored.
@@ -43,6 +46,7 @@ def load_pretrained(
             superfluous and misshapen ones are listed), a weight is not finite (its name and index are given), or there
             is no nn.Linear to quantize.
         ModuleNotFoundError: transformers or gguf is not installed.
+        ValueError: also for a device that torch does not have here.
     """
     if bits not in (4, None):
         raise ValueError(f"bits must be 4, or None for a dense model, not {bits!r}")
@@ -50,6 +54,7 @@ def load_pretrained(
         raise ValueError(f"block must be 64 or 32 and scale_dtype float16 or float32, not {block} and {scale_dtype}")
     if bits == 4 and dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"4-bit layers compute in float32 or bfloat16, not {dtype}")
+    device = available_device("cpu" if device is None else device)
     checkpoint = _open(Path(path))
     if getattr(checkpoint.config, "quantization_config", None) is not None:
         raise CheckpointError(f"{path} is already quantized (quantization_config); load the model it was made from")
@@ -64,13 +69,23 @@ def load_pretrained(
         model = _empty_model(checkpoint.config, dtype)
     check_names_and_shapes(model, stored, checkpoint.path)
     try:
-        fill(model, stored, int4={"block": block, "scale_dtype": scale_dtype} if bits == 4 else None)
+        fill(model, stored, int4={"block": block, "scale_dtype": scale_dtype} if bits == 4 else None, device=device)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    compute_buffers(model)
+    compute_buffers(model, device)
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = require("transformers").GenerationConfig.from_pretrained(checkpoint.path)
     return model.eval()
+
+
+def available_device(device: torch.device | str) -> torch.device:
+    """The device, with its index where its kind has several. Raises ValueError where torch can put no tensor there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own way to be missing
+        reason = str(error).splitlines()[0]
+        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise ValueError(f"there is no device {str(device)!r} ({reason}); choose one of {', '.join(there)}") from error
 
 
 def _open(path: Path) -> Checkpoint:

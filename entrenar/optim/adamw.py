@@ -1,12 +1,18 @@
+"""AdamW: its update in plain torch, the kernel of the same, and the optimizer."""
+
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from entrenar.autograd.ops._kernel import has_kernel
+from entrenar.autograd.ops._library import define
 
 
 def adamw_update_(
@@ -33,6 +39,29 @@ def adamw_update_(
     step_size = lr / (1 - beta1**step)
     denominator = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
     param.addcdiv_(exp_avg, denominator, value=-step_size)
+
+
+def _adamw_fake(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    return None
+
+
+# The same update of many contiguous parameters of one dtype, computed in float32 and rounded once.
+define(
+    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, int step, float lr, "
+    "float beta1, float beta2, float eps, float weight_decay) -> ()",
+    _adamw_fake,
+)
 
 
 class AdamW(Optimizer):
@@ -101,29 +130,33 @@ class AdamW(Optimizer):
                 loss = closure()
         self._refuse_sparse_gradients()
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                    state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                state["step"] += 1
-                adamw_update_(
-                    param,
-                    param.grad,
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    int(state["step"].item()),
-                    lr=group["lr"],
-                    beta1=beta1,
-                    beta2=beta2,
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                )
+            self._update(group)
         return loss
+
+    def _update(self, group: dict[str, Any]) -> None:
+        params = [param for param in group["params"] if param.grad is not None]
+        for param in params:
+            if not self.state[param]:
+                self.state[param] = {
+                    "step": torch.tensor(0.0, device="cpu"),
+                    "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
+                }
+        beta1, beta2 = group["betas"]
+        settings = {"lr": group["lr"], "beta1": beta1, "beta2": beta2}
+        settings |= {"eps": group["eps"], "weight_decay": group["weight_decay"]}
+        together: dict[Any, list[tuple[Tensor, ...]]] = defaultdict(list)
+        for param in params:
+            state = self.state[param]
+            state["step"] += 1
+            step = int(state["step"].item())
+            tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
+            if has_kernel(*tensors) and all(tensor.is_contiguous() for tensor in tensors):
+                together[param.device, param.dtype, step].append(tensors)
+            else:
+                adamw_update_(*tensors, step, **settings)
+        for (_, _, step), rows in together.items():
+            torch.ops.entrenar.adamw_(*map(list, zip(*rows, strict=True)), step, **settings)
 
     def _refuse_sparse_gradients(self) -> None:
         for g, group in enumerate(self.param_groups):

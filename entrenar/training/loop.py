@@ -64,7 +64,8 @@ def finetune(
 
     The folder `out` gets `adapter/` (PEFT's two files), `metrics.jsonl`, `loss.png` and `report.json`; while training,
     also `checkpoint.safetensors`, from which a run that was interrupted or killed goes on with `resume=True` to
-    bit-identical adapters. Ctrl-C finishes the step, saves a checkpoint and raises Interrupted. The held-out loss is
+    bit-identical adapters (on a GPU if torch.use_deterministic_algorithms is on). Batches go to the device that the
+    adapters lie on. Ctrl-C finishes the step, saves a checkpoint and raises Interrupted. The held-out loss is
     measured before and after each quarter of the run. torch's random generators are seeded with `config.seed`.
 
     Raises ResumeError if `out` holds a run and `resume` is false, or if it holds none, a finished or a different one

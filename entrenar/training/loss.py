@@ -32,20 +32,21 @@ def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = 
         raise ValueError(
             f"input_ids and labels must both be [batch, tokens], not {[*input_ids.shape]} and {[*labels.shape]}"
         )
-    wanted = labels[:, 1:] != IGNORED
-    if not wanted.any():
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    rows = (following != IGNORED).nonzero().squeeze(1)
+    if not len(rows):
         raise ValueError("no position predicts a label: every label after the first token is -100")
-    head, targets = _head_of(model), labels[:, 1:][wanted]
+    head, targets = _head_of(model), following[rows]
     if model not in _CHANGES_LOGITS:
         generators = torch.get_rng_state(), *get_device_states(input_ids)
         hidden, classes = _hidden_states(model, head, input_ids)
         if classes is not None:
-            return head_cross_entropy(head, hidden[:, :-1][wanted], targets, classes)
+            return head_cross_entropy(head, hidden.flatten(0, 1)[rows], targets, classes)
         _CHANGES_LOGITS.add(model)
         # The forward was for nothing, and the next one must drop what a single one would have dropped.
         torch.set_rng_state(generators[0])
         set_device_states(*generators[1:])
-    logits = _logits(model, head, input_ids, lambda hidden: hidden[:, :-1][wanted]).squeeze(0)
+    logits = _logits(model, head, input_ids, lambda hidden: hidden.flatten(0, 1)[rows]).squeeze(0)
     return head_cross_entropy(nn.Identity(), logits, targets, logits.shape[-1])
 
 

@@ -105,8 +105,8 @@ def load_checkpoint(
     """Put parameters, optimizer state and random generators back as `save_checkpoint` found them; return the state.
 
     From there a run goes on to bit-identical parameters, given the same machine, library versions and number of
-    threads. Raises ResumeError for a file that is missing or damaged, and for one made with another model, other data
-    or another configuration, saying which.
+    threads, and on a GPU under torch.use_deterministic_algorithms. Raises ResumeError for a file that is missing or
+    damaged, and for one made with another model, other data or another configuration, saying which.
     """
     if not path.exists():
         raise ResumeError(f"{path.parent} holds no checkpoint to resume from; start without resuming")
@@ -130,7 +130,7 @@ def load_checkpoint(
     optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+        torch.cuda.set_rng_state(tensors["random.cuda"], next(model.parameters()).device)
     state = RunState(**header["state"])
     # JSON has only strings for keys.
     state.heldout_losses = {int(step): loss for step, loss in state.heldout_losses.items()}
@@ -139,8 +139,9 @@ def load_checkpoint(
 
 def _random_state(model: nn.Module) -> dict[str, Tensor]:
     state = {"random.cpu": torch.get_rng_state()}
-    if next(model.parameters()).is_cuda:
-        state["random.cuda"] = torch.cuda.get_rng_state()
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        state["random.cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 

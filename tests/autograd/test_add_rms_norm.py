@@ -43,7 +43,7 @@ def test_any_shape(lead, n, weight_kind, gradients, sliced, dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_is_add_and_rms_norm_with_both_gradients(dtype):
+def test_is_add_and_rms_norm_with_both_gradients(dtype, backend):
     x, residual, weight = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((4, 9), (4, 9), (9,)))
     h, y = add_rms_norm(x, residual, weight, 1e-6)
     sum = x + residual

@@ -45,7 +45,9 @@ def check_by_result(twin: Twin, sample: SampleInput) -> None:
     tolerance = 2 * TOLERANCE[sample.input.dtype]
     actual, expected = (op(sample.input, *sample.args) for op in (twin.ours, twin.theirs))
     assert_close(actual, twin.theirs(to_float64(sample.input), *sample.args), tolerance)
-    dy = torch.randn(actual.shape, generator=torch.Generator().manual_seed(1)).to(actual.dtype)
+    dy = torch.randn(actual.shape, generator=torch.Generator(torch.get_default_device()).manual_seed(1)).to(
+        actual.dtype
+    )
     gradients = (torch.autograd.grad(y, sample.input, dy)[0] for y in (actual, expected))
     assert_close(next(gradients), next(gradients).double(), tolerance)
 

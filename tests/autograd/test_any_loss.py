@@ -20,7 +20,11 @@ reductions = st.sampled_from(["none", "sum", "mean"])
 @properties
 def test_cross_entropy_of_classes(data, batch, classes, dtype, reduction, smoothing):
     x = data.draw(tensors((*batch[:1], classes, *batch[1:]), dtype)).requires_grad_()
-    target = torch.randint(classes, batch, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 100))))
+    target = torch.randint(
+        classes,
+        batch,
+        generator=torch.Generator(torch.get_default_device()).manual_seed(data.draw(st.integers(0, 100))),
+    )
     weight = torch.rand(classes).to(dtype) + 0.5 if data.draw(st.booleans()) else None
     options = {"reduction": reduction, "label_smoothing": smoothing, "ignore_index": data.draw(st.integers(-1, 2))}
     sample = SampleInput(x, args=(target, weight), kwargs=options)

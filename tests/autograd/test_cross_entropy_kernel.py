@@ -46,6 +46,26 @@ def test_rows_of_any_length(classes, dtype, backend):
         check(logits, torch.tensor([target, -100, target]))
 
 
+@pytest.mark.parametrize(("classes", "dtype"), [(60000, torch.float32), (128256, torch.bfloat16)])
+def test_rows_that_no_cache_holds(classes, dtype, backend):
+    check((4 * torch.randn(2, classes)).to(dtype), torch.tensor([7, classes - 1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_that_begin_anywhere(dtype, backend):
+    target, one = torch.tensor([0, 40, -100]), torch.ones(3)
+    for offset in range(9):
+        logits = torch.randn(offset + 3 * 41).to(dtype)[offset:].view(3, 41)
+        wide = logits.double()
+        losses = cross_entropy_losses_reference(wide, target, -100)
+        gradient = cross_entropy_gradient_reference(wide, target, one, -100)
+        assert_close(losses_of(logits, target, -100), losses, TOLERANCE[torch.float32])
+        apart = torch.ops.entrenar.cross_entropy_gradient(logits, target, one, -100)
+        assert_close(apart, gradient, TOLERANCE[dtype])
+        turn_into_gradient(logits, target, -100)
+        assert_close(logits, gradient, TOLERANCE[dtype])
+
+
 @given(
     st.integers(0, 40),
     st.integers(1, 400),
@@ -77,7 +97,7 @@ def test_what_is_not_finite_is_treated_as_by_torch(dtype, backend):
     torch.testing.assert_close(logits, gradient, equal_nan=True)
 
 
-def test_a_probability_near_one_keeps_its_small_gradient():
+def test_a_probability_near_one_keeps_its_small_gradient(backend):
     logits = torch.zeros(1, 50)
     logits[0, 7] = 30.0
     turn_into_gradient(logits, torch.tensor([7]), -100)

@@ -31,8 +31,8 @@ def test_float16_scales_and_codes_are_gguf_q4_0():
     weight = torch.randn(5, 96)
     codes, scales = int4_quantize(weight, block=32)
     blocks = torch.cat([scales.view(5, 3, 2), codes.view(5, 3, 16)], dim=-1).reshape(5, -1)
-    read_by_gguf = gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType.Q4_0)
-    assert torch.equal(torch.from_numpy(read_by_gguf.copy()), int4_dequantize(codes, scales, 96, block=32))
+    read_by_gguf = gguf.dequantize(blocks.cpu().numpy(), gguf.GGMLQuantizationType.Q4_0)
+    assert torch.equal(torch.from_numpy(read_by_gguf.copy()), int4_dequantize(codes, scales, 96, block=32).cpu())
 
 
 def test_error_on_gaussian_weights_is_the_formats():

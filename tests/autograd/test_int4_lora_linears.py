@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from entrenar.autograd.ops import int4_lora_linear, int4_lora_linears, int4_quantize
@@ -33,13 +33,20 @@ def test_results_are_those_of_separate_calls(rows, dtype, backend):
     assert all(torch.equal(a, b) for a, b in zip(together, separate, strict=True))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
+)
 @given(data=st.data())
-def test_gradients_equal_the_references(data):
+def test_gradients_equal_the_references(backend, data):
     count = data.draw(st.integers(1, 4))
     sizes, ranks = (tuple(data.draw(st.lists(st.integers(1, 70), min_size=count, max_size=count))) for _ in range(2))
     rows, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
     dtype, limit = data.draw(st.sampled_from([(torch.float32, 1e-5), (torch.bfloat16, 2**-7)]))
+    if dtype == torch.bfloat16 and backend in ("cuda", "emulated"):
+        limit += count * 2**-9  # a GPU rounds the sum after each product
     torch.manual_seed(0)
     codes, scales, _, lora_A, lora_B = make(columns, sizes, ranks, (False,) * count)
     x = torch.randn(columns, rows).to(dtype).T.requires_grad_()

@@ -21,7 +21,7 @@ def arguments(rows, dtype, heads=4, groups=2, columns=8, value_columns=6):
 
 def tokens_seen(offsets, causal):
     token = torch.arange(int(offsets[-1]))
-    sequence = torch.bucketize(token, offsets, right=True)
+    sequence = torch.bucketize(token, offsets.to(token.device), right=True)
     seen = sequence[:, None] == sequence
     return seen & (token[:, None] >= token) if causal else seen
 
@@ -48,7 +48,7 @@ OFFSETS = {
 @pytest.mark.parametrize("name", OFFSETS)
 @pytest.mark.usefixtures("poisoned")
 def test_a_token_sees_its_own_sequence(name, causal, dtype, backend):
-    offsets = torch.tensor(OFFSETS[name])
+    offsets = torch.tensor(OFFSETS[name], device="cpu")
     args = arguments(int(offsets[-1]), dtype)
 
     def op(*args):
@@ -79,19 +79,22 @@ def test_any_lengths(lengths, groups, shared, causal, dtype):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_equals_attention_of_each_sequence_and_the_reference(dtype, causal, backend):
-    offsets = torch.tensor(OFFSETS["several"])
+    offsets = torch.tensor(OFFSETS["several"], device="cpu")
     args = arguments(200, dtype)
     y = packed_attention(*args, offsets, is_causal=causal)
     expected = by_sequence(offsets, *args, causal)
-    assert torch.equal(y, expected)
+    # Probabilities are rounded to 16 bits, by this much of an average of values; torch's CUDA kernels split keys.
+    rounding = {torch.bfloat16: 2**-9, torch.float16: 2**-12}.get(dtype, 0) * args[2].abs().max().item()
+    if backend == "cuda":
+        torch.testing.assert_close(y, expected, atol=max(rounding, 1e-5), rtol=torch.finfo(dtype).eps)
+    else:
+        assert torch.equal(y, expected)
     dy = torch.randn_like(y)
     for actual, wanted in zip(torch.autograd.grad(y, args, dy), torch.autograd.grad(expected, args, dy), strict=True):
         # The partial sums of the keys' gradients depend on how many sequences there are.
         torch.testing.assert_close(actual, wanted)
-    # The kernel rounds probabilities to bfloat16: by 2^-9 of an average of values.
-    atol = 2**-9 * args[2].abs().max().item() if dtype is torch.bfloat16 else 1e-5
     expected = packed_attention_reference(*args, offsets, is_causal=causal)
-    torch.testing.assert_close(y, expected, atol=atol, rtol=torch.finfo(dtype).eps)
+    torch.testing.assert_close(y, expected, atol=max(rounding, 1e-5), rtol=torch.finfo(dtype).eps)
 
 
 def test_a_leading_dimension_of_one_stays():
@@ -128,8 +131,9 @@ def test_second_derivative_through_the_kernel():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.usefixtures("poisoned")  # on a GPU, only deterministic mode gives the same bits again
 def test_does_not_depend_on_threads(dtype, backend):
-    offsets = torch.tensor(OFFSETS["several"])
+    offsets = torch.tensor(OFFSETS["several"], device="cpu")
     args = arguments(200, dtype)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):

@@ -195,8 +195,16 @@ def test_kernel_is_right_but_for_one_rounding(kernel, shape, dtype, backend):
     check(kernel, arguments(kernel, *SHAPES[shape], dtype))
 
 
+STRIDES = ["transposed", "sliced", "stepped", "expanded", "shifted"]
+
+
 def restrided(x: Tensor, strides: str) -> Tensor:
-    """x with other strides; where it is expanded, with its first row or element everywhere."""
+    """x with other strides; where it is expanded, with its first row or element everywhere.
+
+    Where it is shifted, it begins one element past a multiple of 16 bytes.
+    """
+    if strides == "shifted":
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
     if strides == "sliced":
         return torch.cat([x, x], -1)[..., : x.shape[-1]]
     if strides == "stepped":
@@ -212,7 +220,7 @@ def restrided(x: Tensor, strides: str) -> Tensor:
     st.sampled_from(list(KERNELS)),
     st.lists(st.integers(0, 5), max_size=3),
     st.integers(0, 80),
-    st.sampled_from(["transposed", "sliced", "stepped", "expanded"]),
+    st.sampled_from(STRIDES),
     st.sampled_from(DTYPES),
     st.integers(0, 2**32),
 )
@@ -226,6 +234,30 @@ def test_any_shape_and_strides(name, lead, columns, strides, dtype, seed):
             inputs[i] = restrided(x, strides)
     # Rows of few columns may be nearly constant: dx is 0 then, of terms as large as 1 / sqrt(eps).
     check(kernel, inputs, 32 if "norm_backward" in name else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("kernel", PARAMS)
+def test_strides(kernel, strides, dtype, backend):
+    inputs = arguments(kernel, (2, 3, 5), 48, dtype)
+    check(kernel, [restrided(x, strides) if x.shape == inputs[0].shape or kernel.even else x for x in inputs], 32)
+
+
+ROW_KERNELS = [param for param in PARAMS if "norm" in param.id or "softmax" in param.id]
+
+
+# What a GPU's threads hold of a row ends at 2048 columns that are not aligned, and at 8192 or 16384 that are.
+@pytest.mark.parametrize("columns", [2049, 4096, 16392])
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_long_rows(kernel, columns, backend):
+    check(kernel, arguments(kernel, (2,), columns, torch.bfloat16), 8)
+
+
+@pytest.mark.parametrize("rows", [2048, 2500])
+@pytest.mark.parametrize("kernel", [param for param in PARAMS if "norm_backward" in param.id])
+def test_sums_over_many_rows(kernel, rows, backend):
+    check(kernel, arguments(kernel, (rows,), 8, torch.float32), 32)
 
 
 @pytest.mark.parametrize("kernel", PARAMS)

@@ -25,7 +25,7 @@ def tables(length: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[tor
     ("dtype", "step"),
     [(torch.float64, 0), (torch.float32, 2**-24), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)],
 )
-def test_equals_transformers_but_for_rounding(dtype, step):
+def test_equals_transformers_but_for_rounding(dtype, step, backend):
     q = torch.randn(2, 7, 3, 8).to(dtype).transpose(1, 2)
     cos, sin = (table.expand(2, 7, 8) for table in tables(7, 8, dtype))
     theirs, _ = apply_rotary_pos_emb(q, q, cos, sin)

@@ -22,7 +22,7 @@ def test_forward_in_float64_is_torchs():
 
 # float32 itself: the exponential, a sum, a quotient and two products, of which each rounds by up to 2^-23 or 2^-24.
 @pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 0), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-def test_forward_is_rounded_once(dtype, step):
+def test_forward_is_rounded_once(dtype, step, backend):
     gate, up = (3 * torch.randn(5, 333).to(dtype) for _ in range(2))
     expected = F.silu(gate.double()) * up.double()
     torch.testing.assert_close(swiglu(gate, up).double(), expected, rtol=step + 2**-21, atol=2**-25)
@@ -49,7 +49,7 @@ def test_any_shape(shapes, gradients, sliced, size, dtype, seed):
 
 
 @pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-def test_gradients_are_rounded_once(dtype, step):
+def test_gradients_are_rounded_once(dtype, step, backend):
     gate, up, dy = (torch.randn(1000).to(dtype).requires_grad_() for _ in range(3))
     gradients = torch.autograd.grad(swiglu(gate, up), (gate, up), dy)
     wide = [x.detach().double().requires_grad_() for x in (gate, up, dy)]

@@ -42,7 +42,7 @@ def tiny_llama():
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
-    return torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, 128, (2, 24), generator=torch.Generator(torch.get_default_device()).manual_seed(1))
 
 
 @pytest.fixture

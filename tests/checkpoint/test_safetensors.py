@@ -356,3 +356,22 @@ def test_tokenizer_of_a_directory_has_its_chat_template(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
         load_tokenizer(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_named(device, saved):
+    _, path = saved()
+    with pytest.raises(ValueError, match=f"there is no device '{device}' .*; choose one of cpu"):
+        load_pretrained(path, device=device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bits", [4, None])
+def test_loads_onto_a_gpu_what_it_loads_onto_the_cpu(bits, saved, tokens):
+    _, path = saved()
+    there, here = load_pretrained(path, bits, device="cuda"), load_pretrained(path, bits)
+    assert {x.device.type for x in (*there.parameters(), *there.buffers())} == {"cuda"}
+    for name, tensor in here.state_dict().items():
+        assert torch.equal(there.state_dict()[name].cpu(), tensor)
+    logits = here(tokens).logits
+    torch.testing.assert_close(there(tokens.cuda()).logits.cpu(), logits, rtol=2**-6, atol=2**-6 * logits.abs().max())

@@ -15,6 +15,17 @@ BUILD = ROOT / "build" / "emulated"
 TESTS = [
     "tests/autograd/test_ops.py",
     "tests/autograd/test_int4.py",
+    "tests/optim/test_adamw.py",
+    "tests/autograd/test_pointwise_kernels.py",
+    "tests/autograd/test_cross_entropy_kernel.py",
+    "tests/autograd/test_linear_cross_entropy.py",
+    "tests/autograd/test_norm.py",
+    "tests/autograd/test_rotary.py",
+    "tests/autograd/test_swiglu.py",
+    "tests/autograd/test_add_rms_norm.py",
+    "tests/cuda/test_assertion.py",
+    "tests/autograd/test_int4_linear.py",
+    "tests/autograd/test_int4_lora_linears.py",
 ]
 
 

@@ -9,7 +9,7 @@ from entrenar.optim import clip_grad_norm
 
 
 def with_gradients(seed: int) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     params = [torch.nn.Parameter(torch.zeros(shape)) for shape in [(), (3,), (4, 5), (0,), (2, 2, 2)]]
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator)

@@ -35,7 +35,7 @@ def test_epochs_and_seeds_differ_in_order() -> None:
 
 
 def test_grouping_by_length_saves_padding() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     lengths = torch.randint(10, 400, (1000,), generator=generator).tolist()
     padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in epoch_batches(lengths, 8, 0, 0))
     unsorted = sum(max(lengths[i : i + 8]) * 8 for i in range(0, 1000, 8))

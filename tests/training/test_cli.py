@@ -149,6 +149,8 @@ def test_what_is_missing_is_one_line(
     ):
         assert "nowhere" in complaint(monkeypatch, capsys, *words)
     assert "holds no checkpoint" in complaint(monkeypatch, capsys, *run, data, "--model", checkpoint, "--resume")
+    words = (*run, data, "--model", checkpoint, "--device", "cuda:99")
+    assert "there is no device 'cuda:99'" in complaint(monkeypatch, capsys, *words)
     assert "lr must be a positive number" in complaint(
         monkeypatch, capsys, *run, data, "--model", checkpoint, "--lr", 0
     )

@@ -15,7 +15,7 @@ from entrenar.training.loss import causal_lm_loss
 
 
 def batch(rows: int = 3, tokens: int = 11, vocab: int = 320, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     input_ids = torch.randint(0, vocab, (rows, tokens), generator=generator)
     ignored = torch.rand(rows, tokens, generator=generator) < 0.5
     return input_ids, input_ids.masked_fill(ignored, IGNORED)

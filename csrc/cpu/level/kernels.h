@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "../../adamw.h"
+#include "../../pointwise.h"
 #include "../../weight.h"
 #include "attention_block.h"
 
@@ -36,50 +38,6 @@ struct Product {
   const float* bias;
   void* y;
   int64_t rows, columns;
-};
-
-// For each row of logits the loss and its gradient times a scale (1 without scales), each where it is wanted.
-struct CrossEntropy {
-  Dtype dtype;  // of logits and gradient
-  const void* logits;
-  int64_t rows, classes;
-  const int64_t* targets;
-  int64_t ignore_index;
-  const float* scales;
-  void* gradient;  // may be the logits
-  float* losses;
-};
-
-// What is computed of two arrays, element by element.
-enum Binary { kSiluBackward, kGeluBackward, kGeluTanhBackward, kSigmoidBackward, kTanhBackward, kSwiGLU };
-
-// y = x̂ w with x̂ = s / sqrt(mean(s²) + eps) for each row s of x, or of x + residual, which is then kept in sum.
-struct RMSNorm {
-  Dtype dtype;
-  int64_t columns;
-  float eps;
-  const void *x, *residual, *weight;  // residual and weight may be null
-  void *sum, *y;
-};
-
-// The gradient through a normalization of rows, from dy and its input x; dsum, if not null, is added to dx.
-struct NormBackward {
-  Dtype dtype;
-  int64_t columns;
-  float eps;
-  const void *dy, *x, *weight, *dsum;
-  void* dx;
-};
-
-// y = x cos + R x sin, or its transpose, for rows of d elements along three other dimensions, the last the innermost.
-struct Rotary {
-  enum { kX, kCos, kSin, kY, kTensors };
-  Dtype dtype;
-  bool transposed;
-  int64_t half;  // d / 2
-  int64_t sizes[3], strides[kTensors][3];
-  const void *x, *cos, *sin;
-  void* y;
 };
 
 struct Kernels {
@@ -145,6 +103,9 @@ struct Kernels {
   void (*softmax_backward)(bool log, Dtype dtype, int64_t columns, int64_t row_begin, int64_t row_end, const void* dy,
                            const void* y, void* dx);
   void (*rotary)(const Rotary* r, int64_t row_begin, int64_t row_end);
+
+  // Elements [begin, end) of a parameter.
+  void (*adamw)(const AdamWStep* step, Dtype dtype, const AdamWTensor* tensor, int64_t begin, int64_t end);
 };
 
 // Sums over rows are kept in whole vectors of every level.

@@ -1,6 +1,7 @@
 // Functions of a vector of float32.
 #pragma once
 
+#include "../../mills.h"
 #include "simd.h"
 
 namespace {
@@ -44,26 +45,15 @@ inline vfloat vsigmoid(vfloat x) { return 1.0f / (1.0f + vexp(-x)); }
 // The normal distribution: its density φ(x) = e^(-x²/2) / √2π, and Φ(x), the integral of φ up to x. Errors, over all x
 // whose Φ is normal: of φ and Φ 3 and 9 units of 2^-24 of themselves, and x² 2^-25 for the rounding of x²; of Φ for x > 0
 // 5 units of 2^-24.
-// For t >= 0, Φ(-t) = φ(t) M(t) with Mills' ratio M, here w P(w) with w = 1 / (1 + 0.27 t) and a polynomial P fitted
-// for the least largest relative error (2.4e-8) up to t = 14.5, where float32 ends.
 struct Normal {
   vfloat density, distribution;
 };
 
 inline Normal vnormal(vfloat x) {
   const vfloat t = x < 0 ? -x : x;
-  const vfloat w = 1.0f / (1.0f + 0.27f * t);
-  vfloat mills = broadcast(0x1.295958p-4f);
-  mills = mills * w - 0x1.44a9dep-2f;
-  mills = mills * w + 0x1.b3ceb4p-2f;
-  mills = mills * w - 0x1.634de2p-3f;
-  mills = mills * w + 0x1.14c472p-2f;
-  mills = mills * w + 0x1.71ded6p-3f;
-  mills = mills * w + 0x1.05538ep-2f;
-  mills = mills * w + 0x1.140a28p-2f;
-  mills = mills * w + 0x1.147efcp-2f;
+  const vfloat ratio = mills_ratio(1.0f / (1.0f + kMillsSlope * t));
   const vfloat density = 0x1.988454p-2f * vexp(-0.5f * (x * x));
-  const vfloat tail = density * (mills * w);
+  const vfloat tail = density * ratio;
   return {density, x < 0 ? tail : 1.0f - tail};
 }
 

@@ -1,5 +1,6 @@
 // The kernels of one level, compiled once for each instruction set.
 #include "activation.h"
+#include "adamw.h"
 #include "attention.h"
 #include "codec.h"
 #include "cross_entropy.h"
@@ -21,7 +22,7 @@ const Kernels TABLE(LEVEL) = {
     kMaxDotRows, pack_rows, pack_outer, outer,
     attention_tile_words, attention_pack, attention_scratch_bytes, attention_forward, attention_backward, attention_sum,
     cross_entropy,
-    binary, swiglu_backward, rms_norm, rms_norm_backward, layer_norm_backward, add_sums, softmax_backward, rotary,
+    binary, swiglu_backward, rms_norm, rms_norm_backward, layer_norm_backward, add_sums, softmax_backward, rotary, adamw,
 };
 
 }  // namespace entrenar

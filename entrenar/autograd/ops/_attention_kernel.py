@@ -13,17 +13,25 @@ from entrenar.autograd.ops._library import define, library
 MAX_COLUMNS = 256
 
 
-def has_kernel(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def has_kernel(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, is_causal: bool) -> bool:
     """Whether kernels compute the attention of these tensors, if nothing is masked but the future, and nothing dropped.
 
-    They do on the CPU for float32 and bfloat16, up to MAX_COLUMNS columns, if leading dimensions are not broadcast.
+    They do for the DTYPES of a device, up to MAX_COLUMNS columns, if leading dimensions are not broadcast; in 16 bits
+    on CUDA only if there are no more queries than keys, or all see all.
     """
     own = 3 if enable_gqa else 2
+    device, dtype = query.device.type, query.dtype
     return (
-        query.device.type == "cpu"
-        and query.dtype in (torch.float32, torch.bfloat16)
+        dtype in DTYPES.get(device, ())
         and max(query.shape[-1], value.shape[-1]) <= MAX_COLUMNS
         and query.shape[:-own] == key.shape[:-own] == value.shape[:-own]
+        and not (device == "cuda" and dtype != torch.float32 and is_causal and query.shape[-2] > key.shape[-2])
     )
 
 

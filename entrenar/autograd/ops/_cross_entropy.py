@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entrenar.autograd.ops._kernel import DEVICES
 from entrenar.autograd.ops._library import define, library
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -14,13 +15,13 @@ REDUCTIONS = ("none", "sum", "mean")
 
 def has_kernel(logits: Tensor) -> bool:
     """Whether the kernels take these logits."""
-    return logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16)
+    return logits.device.type in DEVICES and logits.dtype in (torch.float32, torch.bfloat16)
 
 
 def losses_of(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The losses [n] of logits [n, C] and int64 targets [n], in float32 or wider; 0 for ignored targets.
 
-    Raises IndexError, naming row and value, for a target that is no class.
+    Raises IndexError, naming row and value, for a target that is no class; on CUDA a device-side assertion fails.
     """
     if not has_kernel(logits):
         return cross_entropy_losses_reference(logits, target, ignore_index)
@@ -34,7 +35,8 @@ def losses_of(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 def turn_into_gradient(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Overwrite contiguous logits [n, C] with the gradient of the sum of their losses; return the losses.
 
-    Raises IndexError, naming row and value, for a target that is no class; the logits are then as they were.
+    Raises IndexError, naming row and value, for a target that is no class; the logits are then as they were. On CUDA
+    a device-side assertion fails.
     """
     if has_kernel(logits):
         try:
@@ -55,7 +57,12 @@ def reduce(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) ->
 
 
 def refuse_no_class(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise IndexError, naming row and value, if a target is no class. Cannot be traced."""
+    """Raise IndexError, naming row and value, if a target is no class. Cannot be traced.
+
+    Not on CUDA, where that would wait for the device: there the kernels, and torch's, assert it.
+    """
+    if target.is_cuda:
+        return
     outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
     for row in outside.nonzero().flatten()[:1].tolist():
         raise IndexError(f"Target {target[row].item()} is out of bounds: row {row} has {classes} classes") from None

@@ -1,4 +1,4 @@
-"""Where the CPU kernels of csrc/ compute an op, instead of its formula in torch calls."""
+"""Where the kernels of csrc/ compute an op, instead of its formula in torch calls."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+DEVICES = {"cpu", "cuda"}
 PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def has_kernel(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels take these tensors: of one dtype that they know, in the CPU's memory, plain and strided.
+    """Whether the kernels take these tensors: of one dtype that they know, on one device, plain and strided.
 
     The formula stays where a graph of it is wanted (double backward, torch.func), and for torch.compile, which fuses
     it.
     """
-    dtype = x.dtype
-    if dtype not in DTYPES or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    dtype, device = x.dtype, x.device
+    if dtype not in DTYPES or device.type not in DEVICES or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active():
         return False
     for tensor in (x, *others):
         if tensor is not None and not (
-            tensor.dtype is dtype and type(tensor) in PLAIN and tensor.is_cpu and tensor.layout is torch.strided
+            tensor.dtype is dtype
+            and type(tensor) in PLAIN
+            and tensor.device == device
+            and tensor.layout is torch.strided
         ):
             return False
     return True

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
 LEVELS = ("base", "avx2", "avx512")
 
 library = torch.library.Library("entrenar", "DEF")
+_defined: list[str] = []
 
 
 def define(schema: str, fake: Callable) -> None:
     """Define an operator by its schema, and what torch.compile needs to know of it: its output's shapes and dtypes."""
     name = library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"entrenar::{name}", fake, lib=library)
+    _defined.append(name)
 
 
 def load_kernels() -> None:
@@ -28,10 +31,27 @@ def load_kernels() -> None:
             "Install the package with pip (pip install --no-build-isolation -e . in a checkout)."
         )
     torch.ops.load_library(cpu)
-    if torch.version.cuda and (cuda := _compiled("libentrenar_cuda.so")):
-        torch.ops.load_library(cuda)
+    if torch.version.cuda:
+        if cuda := _compiled("libentrenar_cuda.so"):
+            torch.ops.load_library(cuda)
+        else:
+            _refuse_cuda()
     if level := os.environ.get("ENTRENAR_CPU_LEVEL"):
         set_cpu_level(level)
+
+
+def _refuse_cuda() -> None:
+    """Make every operator that has a kernel on the CPU say, on CUDA, what its kernel there is missing for."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError(
+            "the CUDA kernels were not compiled: install with nvcc on the PATH "
+            "(pip install --no-build-isolation -e . in a checkout)"
+        )
+
+    for name in _defined:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"entrenar::{name}", "CPU"):
+            library.impl(name, refuse, "CUDA")
 
 
 def _compiled(name: str) -> pathlib.Path | None:

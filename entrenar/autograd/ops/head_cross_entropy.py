@@ -41,7 +41,8 @@ def head_cross_entropy(
     chunk within this function's forward: the gradients in the input and in those of the head's parameters that require
     one, the latter summed over the chunks in float32, are then scaled in the backward. There is no second derivative:
     asking for a gradient with create_graph=True raises RuntimeError. Raises IndexError naming row and value for a
-    target that is no class, and ValueError where shapes do not match.
+    target that is no class (on CUDA, as in torch, a device-side assertion fails), and ValueError where shapes do not
+    match.
     """
     check_rows(input, target, reduction)
     if _is_just_linear(head):

@@ -49,7 +49,8 @@ def linear_cross_entropy(
     the number of targets for a mean, and G = softmax(logits) - onehot(target) in input's dtype: dinput = dy G W,
     dW = dy Gᵀ input, db = dy Σ G, the last two summed over the chunks in float32. There is no second derivative: asking
     for a gradient with create_graph=True raises RuntimeError. Raises IndexError naming row and value for a target that
-    is no class, and ValueError where shapes or dtypes do not match.
+    is no class (on CUDA, as in torch, a device-side assertion fails), and ValueError where shapes or dtypes do not
+    match.
     """
     x, weight = autocast(input), autocast(linear_weight)
     bias = None if linear_bias is None else autocast(linear_bias)

@@ -3,7 +3,7 @@
 Losses of 16-bit tensors and their gradients are computed in float32 and rounded once; under torch.autocast the losses
 stay float32. Complex tensors raise TypeError.
 
-The cross entropy of a row of logits, float32 or bfloat16 on the CPU, has kernels where the targets are classes and
+The cross entropy of a row of logits, float32 or bfloat16, has kernels where the targets are classes and
 neither weighted nor smoothed. Its second derivative, like everything else, is computed by torch's functions.
 """
 
@@ -49,7 +49,8 @@ def cross_entropy(
 
     Gradients, for each target and before reduction: dy (softmax(input) Σ q_c w_c - q w) in the input; and beside
     probabilities, -dy (1 - ε) w log softmax(input) in them and -dy q log softmax(input) in the weight. With classes
-    the weight has none: RuntimeError if it requires one.
+    the weight has none: RuntimeError if it requires one. A class that does not exist raises IndexError on the CPU; on
+    CUDA, as in torch, a device-side assertion fails.
     """
     refuse_complex("cross_entropy", input, target, weight)
     if size_average is not None or reduce is not None:

@@ -35,8 +35,8 @@ def packed_attention(
     Returns:
         [H, N, Ev], or [1, H, N, Ev], of query's dtype, computed in float32 or wider.
 
-    The gradients are those of `attention` in each sequence. Where there is no kernel for `attention`, the sequences go
-    through it one by one.
+    The gradients are those of `attention` in each sequence. Where there is no kernel for `attention`, and on CUDA in
+    float32, the sequences go through it one by one.
 
     Raises RuntimeError where shapes, dtypes or offsets do not fit, TypeError for values that are not floating point.
     """
@@ -44,7 +44,7 @@ def packed_attention(
     _check(query, key, value, offsets)
     if scale is None:
         scale = 1 / math.sqrt(max(query.shape[-1], 1))
-    if has_kernel(query, key, value, enable_gqa=True):
+    if has_kernel(query, key, value, True, is_causal):
         output, _ = PackedAttentionFunction.apply(query, key, value, offsets, scale, is_causal)
         return output
     outputs = [
@@ -61,8 +61,8 @@ def packed_attention_reference(
     wide = torch.promote_types(query.dtype, torch.float32)
     shared = query.shape[-3] // key.shape[-3]
     q, k, v = query.to(wide), *(x.to(wide).repeat_interleave(shared, -3) for x in (key, value))
-    token = torch.arange(query.shape[-2])
-    sequence = torch.bucketize(token, offsets, right=True)
+    token = torch.arange(query.shape[-2], device=query.device)
+    sequence = torch.bucketize(token, offsets.to(query.device), right=True)
     seen = sequence[:, None] == sequence
     if is_causal:
         seen = seen & (token[:, None] >= token)

@@ -38,12 +38,26 @@ struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 
 typedef void* cudaStream_t;
-enum { cudaSuccess = 0 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+enum { cudaSuccess = 0, cudaErrorAssert = 710 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+inline int cudaGetDevice(int* device) { return *device = 0; }
+inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 9, cudaSuccess; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -51,6 +65,7 @@ namespace emulator {
 
 constexpr size_t kStack = 1 << 16;
 constexpr size_t kSharedBytes = 227 << 10;
+constexpr unsigned kClusterBlocks = 8;
 
 struct Barrier {
   unsigned arrived = 0, generation = 0;
@@ -61,23 +76,25 @@ struct Thread {
   ucontext_t start;
   jmp_buf at;
   bool started = false, done = false;
-  dim3 index;
+  dim3 index, block;
 };
 
 struct Warp {
   Barrier barrier;
-  uint64_t lanes[32];
+  alignas(16) char lanes[32][32];  // what each lane shows to the others
 };
 
 inline jmp_buf scheduler;
 inline std::vector<std::unique_ptr<Thread>> threads;  // they outlive their block, and begin anew in the next
 inline unsigned count;                                // of the threads in a block
+inline unsigned blocks;                               // of the cluster that runs
 inline std::vector<Warp> warps;
-inline Barrier block_barrier;
+inline Barrier block_barriers[kClusterBlocks], cluster_barrier;
 inline unsigned current;
 inline bool progress;
+inline bool asserted;  // whether an assertion of a thread has failed in this launch
 inline std::function<void()> body;
-alignas(1024) inline char shared[kSharedBytes];
+alignas(1024) inline char shared[kClusterBlocks][kSharedBytes];
 
 // Fibers begin by makecontext, and are switched by jumps: swapcontext would call the system each time.
 inline void pause() {
@@ -95,6 +112,7 @@ inline void run_thread() {
 inline void resume() {
   Thread& thread = *threads[current];
   threadIdx = thread.index;
+  blockIdx = thread.block;
   if (_setjmp(scheduler)) return;
   if (thread.started) _longjmp(thread.at, 1);
   thread.started = true;
@@ -103,6 +121,15 @@ inline void resume() {
   thread.start.uc_stack.ss_size = kStack;
   makecontext(&thread.start, run_thread, 0);
   setcontext(&thread.start);
+}
+
+// The thread ends, as every thread of its block must; it begins anew in the next.
+inline void fail(const char* assertion) {
+  fprintf(stderr, "block %u, thread %u: assertion `%s` failed\n", blockIdx.x, threadIdx.x, assertion);
+  Thread& self = *threads[current];
+  asserted = self.done = progress = true;
+  self.started = false;
+  pause();
 }
 
 inline void wait(Barrier& barrier, unsigned count) {
@@ -116,25 +143,41 @@ inline void wait(Barrier& barrier, unsigned count) {
   }
   progress = true;
   threadIdx = threads[self]->index;
+  blockIdx = threads[self]->block;
 }
 
-inline void run_block(size_t shared_bytes) {
+inline void wait_for_block() { wait(block_barriers[current / count], count); }
+inline void wait_for_cluster() { wait(cluster_barrier, count * blocks); }
+
+// The shared memory of the block that runs.
+inline char* shared_memory() { return shared[current / count]; }
+inline const char* of_block(const char* address, unsigned rank) { return address - shared_memory() + shared[rank]; }
+
+// Runs the blocks of a cluster, from blockIdx on, at once.
+inline void run_cluster(size_t shared_bytes) {
   static const char* const order = getenv("ENTRENAR_EMULATOR_ORDER");
   static const bool reversed = order && !strcmp(order, "reversed");
   count = blockDim.x * blockDim.y * blockDim.z;
-  memset(shared, 0xff, shared_bytes);
-  while (threads.size() < count) threads.emplace_back(new Thread);
-  for (unsigned i = 0; i < count; i++) {
-    threads[i]->done = false;
-    threads[i]->index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+  if (blocks > 1 && count % 32) abort();  // a warp would reach into the next block
+  const unsigned total = count * blocks;
+  for (unsigned b = 0; b < blocks; b++) {
+    memset(shared[b], 0xff, shared_bytes);
+    block_barriers[b] = {};
   }
-  warps.assign((count + 31) / 32, {});
-  block_barrier = {};
-  for (unsigned done = 0; done < count;) {
+  cluster_barrier = {};
+  while (threads.size() < total) threads.emplace_back(new Thread);
+  for (unsigned i = 0; i < total; i++) {
+    const unsigned t = i % count;
+    threads[i]->done = false;
+    threads[i]->index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y);
+    threads[i]->block = dim3(blockIdx.x + i / count, blockIdx.y, blockIdx.z);
+  }
+  warps.assign((total + 31) / 32, {});
+  for (unsigned done = 0; done < total;) {
     done = 0;
     progress = false;
-    for (unsigned i = 0; i < count; i++) {
-      current = reversed ? count - 1 - i : i;
+    for (unsigned i = 0; i < total; i++) {
+      current = reversed ? total - 1 - i : i;
       if (!threads[current]->done) resume();
       done += threads[current]->done;
     }
@@ -145,17 +188,26 @@ inline void run_block(size_t shared_bytes) {
   }
 }
 
-template <class T, class Source>
-T shuffle(T value, const Source& source) {
-  static_assert(sizeof(T) <= sizeof(uint64_t), "");
+// f(values, lane) in every lane of a warp, of the values of all its lanes.
+template <class T, class F>
+void with_warp(const T& value, const F& f) {
+  static_assert(sizeof(T) <= sizeof(Warp::lanes[0]), "");
   const unsigned lane = current % 32;
   Warp& warp = warps[current / 32];
-  memcpy(&warp.lanes[lane], &value, sizeof value);
+  const auto values = reinterpret_cast<T*>(warp.lanes);
+  memcpy(&values[lane], &value, sizeof value);
   wait(warp.barrier, 32);
-  const int from = source((int)lane);
+  f(static_cast<const T*>(values), static_cast<int>(lane));
+  wait(warp.barrier, 32);
+}
+
+template <class T, class Source>
+T shuffle(T value, const Source& source) {
   T result = value;
-  if (from >= 0 && from < 32) memcpy(&result, &warp.lanes[from], sizeof result);
-  wait(warp.barrier, 32);
+  with_warp(value, [&](const T* values, int lane) {
+    const int from = source(lane);
+    if (from >= 0 && from < 32) memcpy(&result, &values[from], sizeof result);
+  });
   return result;
 }
 
@@ -182,29 +234,62 @@ T __shfl_up_sync(unsigned, T value, int offset) {
 }
 
 inline void __syncwarp(unsigned = ~0u) { emulator::wait(emulator::warps[emulator::current / 32].barrier, 32); }
-inline void __syncthreads() { emulator::wait(emulator::block_barrier, emulator::count); }
+inline void __syncthreads() { emulator::wait_for_block(); }
 
 template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
 
+template <class T>
+T __ldcs(const T* pointer) {
+  return *pointer;
+}
+
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = (uint64_t)high << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; i++) result |= (unsigned)(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
+
+template <class T>
+void __stcg(T* pointer, T value) {
+  *pointer = value;
+}
+
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+
+#undef assert
+#define assert(condition) ((condition) ? (void)0 : emulator::fail(#condition))
+
+enum { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = emulator::kSharedBytes, cudaSuccess; }
+
+template <class Kernel>
+int cudaFuncSetAttribute(Kernel, int, int) {
+  return cudaSuccess;
+}
 
 template <class... Parameters, class... Arguments>
 int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   emulator::body = [=] { kernel(arguments...); };
+  emulator::blocks = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
+  emulator::asserted = false;
   for (unsigned z = 0; z < gridDim.z; z++) {
     for (unsigned y = 0; y < gridDim.y; y++) {
-      for (unsigned x = 0; x < gridDim.x; x++) {
+      for (unsigned x = 0; x < gridDim.x; x += emulator::blocks) {
         blockIdx = dim3(x, y, z);
-        emulator::run_block(config->dynamicSmemBytes);
+        emulator::run_cluster(config->dynamicSmemBytes);
       }
     }
   }
-  return cudaSuccess;
+  return emulator::asserted ? cudaErrorAssert : cudaSuccess;
 }

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# What a GPU is needed for, on a bare machine: torch, nvcc, cmake, ninja and a compiler, no network.
+#   benchmarks/gpu.sh [build] [test] [sanitize] [bench]    (all of them by default)
+# Each part has a time limit and a log under $OUT (build/gpu by default); one that fails does not stop the next, and the
+# exit status is that of the worst. Python packages that the machine lacks are taken from .gpu/site, if that is there.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+out=${OUT:-build/gpu}
+mkdir -p "$out"
+export PATH="$PATH:/usr/local/cuda/bin"
+export PYTHONPATH="$PWD/.gpu/site:$PWD"
+
+build() {
+  local capability
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
+  [ "$capability" = 90 ] && capability=90a
+  cmake -S csrc -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DENTRENAR_CUDA=ON \
+    -DCMAKE_CUDA_ARCHITECTURES="$capability-real" -DPython3_EXECUTABLE="$(command -v "$python")" &&
+    cmake --build build/gpu --parallel 16 &&
+    cmake --install build/gpu --component entrenar --prefix .
+}
+
+# The emulator and the stand-ins of test_attention_cuda.py need no GPU. Warnings are those of other versions of packages.
+test_() {
+  local workers=()
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 12)
+  OMP_NUM_THREADS=1 "$python" -m pytest -q -W default --device cuda "${workers[@]}" --junitxml="$out/test.xml" \
+    --ignore=tests/cuda/test_emulated.py --ignore=tests/autograd/test_attention_cuda.py \
+    tests/autograd tests/optim tests/lora tests/fusion tests/cuda tests/training/test_gpu.py
+}
+
+# Only the package's own kernels: torch's would take minutes.
+sanitize() {
+  local worst=0
+  for tool in memcheck racecheck; do
+    compute-sanitizer --tool "$tool" --kernel-regex kns=entrenar --error-exitcode 1 "$python" tests/cuda/sanitize.py ||
+      worst=$?
+  done
+  return "$worst"
+}
+
+bench() {
+  local status=0
+  "$python" -m benchmarks.cuda || status=$?
+  if [ "$out" != build/gpu ]; then cp -r benchmarks/results/cuda "$out"; fi
+  return "$status"
+}
+
+seconds() {
+  case $1 in
+    build) echo 180 ;;
+    test) echo 240 ;;
+    sanitize) echo 120 ;;
+    bench) echo 240 ;;
+  esac
+}
+
+if [ "${1:-}" = --part ]; then  # within its time limit
+  part=$2
+  [ "$part" = test ] && part=test_
+  "$part"
+  exit
+fi
+
+worst=0
+for part in "${@:-build test sanitize bench}"; do
+  for name in $part; do
+    if [ -z "$(seconds "$name")" ]; then
+      echo "gpu.sh: no part '$name': build, test, sanitize or bench" >&2
+      exit 2
+    fi
+    echo "== $name"
+    start=$SECONDS
+    timeout -k 5 "$(seconds "$name")" "$0" --part "$name" 2>&1 | tee "$out/$name.log"
+    status=${PIPESTATUS[0]}
+    echo "== $name: status $status after $((SECONDS - start)) s"
+    if [ "$status" -gt "$worst" ]; then worst=$status; fi
+  done
+done
+exit "$worst"

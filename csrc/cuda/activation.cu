@@ -1,0 +1,192 @@
+// Gradients of activation functions, and SwiGLU.
+#include "activation.h"
+
+#include "../mills.h"
+#include "rows.h"
+
+namespace entrenar {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kPacks = 2;  // of each array, by a thread: their loads are in flight together
+constexpr int kHeld = 4;   // packs of a row
+
+__device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// An element of the result, from elements of two arrays.
+template <Binary f>
+struct BinaryOf {
+  static constexpr int kIn = 2, kOut = 1;
+  static __device__ void apply(const float (&in)[kIn], float (&out)[kOut]) {
+    const float a = in[0], b = in[1];
+    if constexpr (f == kSiluBackward) {
+      const float s = sigmoid(b);
+      out[0] = a * (s * (1.0f + b * (1.0f - s)));
+    } else if constexpr (f == kGeluBackward) {
+      const float density = 0x1.988454p-2f * expf(-0.5f * (b * b));  // φ(b)
+      const float tail = density * mills_ratio(1.0f / (1.0f + kMillsSlope * fabsf(b)));
+      out[0] = a * ((b < 0 ? tail : 1.0f - tail) + b * density);
+    } else if constexpr (f == kGeluTanhBackward) {
+      constexpr float kSlope = 0.7978845608f, kCubic = 0.044715f;  // √(2/π)
+      const float square = b * b;
+      const float s = sigmoid(2 * kSlope * (b + kCubic * (square * b)));  // (1 + tanh u) / 2 = σ(2u)
+      out[0] = a * (s + b * (2.0f * s) * (1.0f - s) * (kSlope * (1.0f + 3 * kCubic * square)));
+    } else if constexpr (f == kSigmoidBackward) {
+      out[0] = a * (1.0f - b) * b;
+    } else if constexpr (f == kTanhBackward) {
+      out[0] = a * (1.0f - b * b);
+    } else {
+      static_assert(f == kSwiGLU, "");
+      out[0] = a * sigmoid(a) * b;
+    }
+  }
+};
+
+struct SwiGLUBackward {
+  static constexpr int kIn = 3, kOut = 2;
+  static __device__ void apply(const float (&in)[kIn], float (&out)[kOut]) {
+    const float dy = in[0], g = in[1], s = sigmoid(g);
+    out[0] = dy * in[2] * (s * (1.0f + g * (1.0f - s)));
+    out[1] = dy * (g * s);
+  }
+};
+
+template <class F>
+struct Arrays {
+  const void* in[F::kIn];
+  void* out[F::kOut];
+};
+
+// Packs of n elements, and what is left beyond the last whole pack.
+template <class F, Dtype dtype, int n>
+__global__ void __launch_bounds__(kThreads) elementwise_kernel(Arrays<F> arrays, int64_t size) {
+  using Bits = typename Float<dtype>::Bits;
+  const int64_t first = ((int64_t)blockIdx.x * kPacks * kThreads + threadIdx.x) * n;
+  Pack<Bits, n> in[kPacks][F::kIn];
+#pragma unroll
+  for (int p = 0; p < kPacks; p++) {
+    const int64_t i = first + (int64_t)p * kThreads * n;
+    for (int a = 0; a < F::kIn; a++) {
+      const auto* from = (const Bits*)arrays.in[a];
+      if (i + n <= size) {
+        in[p][a] = load<n>(from + i);
+      } else {
+        for (int e = 0; e < n; e++) in[p][a].at[e] = i + e < size ? from[i + e] : Bits();
+      }
+    }
+  }
+#pragma unroll
+  for (int p = 0; p < kPacks; p++) {
+    const int64_t i = first + (int64_t)p * kThreads * n;
+    Pack<Bits, n> out[F::kOut];
+    for (int e = 0; e < n; e++) {
+      float values[F::kIn], results[F::kOut];
+      for (int a = 0; a < F::kIn; a++) values[a] = Float<dtype>::widen(in[p][a].at[e]);
+      F::apply(values, results);
+      for (int a = 0; a < F::kOut; a++) out[a].at[e] = Float<dtype>::narrow(results[a]);
+    }
+    for (int a = 0; a < F::kOut; a++) {
+      auto* to = (Bits*)arrays.out[a];
+      if (i + n <= size) {
+        store(to + i, out[a]);
+      } else {
+        for (int e = 0; e < n && i + e < size; e++) to[i + e] = out[a].at[e];
+      }
+    }
+  }
+}
+
+template <class F>
+int elementwise(Dtype dtype, int64_t size, const Arrays<F>& arrays, void* stream) {
+  if (size == 0) return cudaSuccess;
+  bool aligned = true;
+  for (const void* pointer : arrays.in) aligned = aligned && aligned_to_16(pointer);
+  for (const void* pointer : arrays.out) aligned = aligned && aligned_to_16(pointer);
+  return with_dtype(dtype, [&](auto type) -> int {
+    constexpr int wide = kWide<type.value>;
+    const int64_t in_block = (int64_t)kThreads * kPacks * (aligned ? wide : 1);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)((size + in_block - 1) / in_block));
+    config.blockDim = dim3(kThreads);
+    config.stream = (cudaStream_t)stream;
+    return cudaLaunchKernelEx(
+        &config, aligned ? elementwise_kernel<F, type.value, wide> : elementwise_kernel<F, type.value, 1>, arrays, size);
+  });
+}
+
+template <Binary f>
+int binary_of(Dtype dtype, int64_t size, const void* a, const void* b, void* out, void* stream) {
+  return elementwise<BinaryOf<f>>(dtype, size, {{a, b}, {out}}, stream);
+}
+
+// dx = y (dy - Σ dy y), or of the logarithm dx = dy - e^y Σ dy: a row for each team.
+template <bool log, Dtype dtype, int n, int held>
+__global__ void __launch_bounds__(kMaxTeam, 1)
+    softmax_backward_kernel(int64_t rows, int64_t columns, const void* dy, const void* y, void* dx) {
+  const int64_t row = team();
+  if (row >= rows) return;
+  const RowPart<dtype, n, held> gradient(dy, row, columns), result(y, row, columns);
+  float total[1] = {};
+  for_packs<n, held>(columns, [&](int p, int64_t i) {
+    const Pack<float, n> dys = gradient.at(p, i);
+    if constexpr (log) {
+      for (int e = 0; e < n; e++) total[0] += dys.at[e];
+    } else {
+      const Pack<float, n> ys = result.at(p, i);
+      for (int e = 0; e < n; e++) total[0] += dys.at[e] * ys.at[e];
+    }
+  });
+  team_sum(total);
+  auto* to = (typename Float<dtype>::Bits*)dx + row * columns;
+  for_packs<n, held>(columns, [&](int p, int64_t i) {
+    Pack<float, n> dys = gradient.at(p, i);
+    const Pack<float, n> ys = result.at(p, i);
+    for (int e = 0; e < n; e++) {
+      dys.at[e] = log ? dys.at[e] - expf(ys.at[e]) * total[0] : ys.at[e] * (dys.at[e] - total[0]);
+    }
+    store(to + i, narrowed<dtype>(dys));
+  });
+}
+
+template <bool log>
+int softmax_backward(Dtype dtype, int64_t rows, int64_t columns, const void* dy, const void* y, void* dx,
+                     void* stream) {
+  return with_dtype(dtype, [&](auto type) -> int {
+    constexpr Dtype d = type.value;
+    const bool aligned = columns % kWide<d> == 0 && aligned_to_16(dy) && aligned_to_16(y) && aligned_to_16(dx);
+    const Teams teams = teams_for<d, kHeld>(columns, aligned);
+    const cudaLaunchConfig_t config = launch_teams(teams, rows, stream);
+    return with_teams<d, kHeld>(teams, [&](auto n, auto held) {
+      return (int)cudaLaunchKernelEx(&config, softmax_backward_kernel<log, d, n.value, held.value>, rows, columns, dy,
+                                     y, dx);
+    });
+  });
+}
+
+}  // namespace
+
+int binary_cuda(Binary f, Dtype dtype, int64_t size, const void* a, const void* b, void* out, void* stream) {
+  switch (f) {
+    case kSiluBackward: return binary_of<kSiluBackward>(dtype, size, a, b, out, stream);
+    case kGeluBackward: return binary_of<kGeluBackward>(dtype, size, a, b, out, stream);
+    case kGeluTanhBackward: return binary_of<kGeluTanhBackward>(dtype, size, a, b, out, stream);
+    case kSigmoidBackward: return binary_of<kSigmoidBackward>(dtype, size, a, b, out, stream);
+    case kTanhBackward: return binary_of<kTanhBackward>(dtype, size, a, b, out, stream);
+    default: return binary_of<kSwiGLU>(dtype, size, a, b, out, stream);
+  }
+}
+
+int swiglu_backward_cuda(Dtype dtype, int64_t size, const void* dy, const void* gate, const void* up, void* dgate,
+                         void* dup, void* stream) {
+  return elementwise<SwiGLUBackward>(dtype, size, {{dy, gate, up}, {dgate, dup}}, stream);
+}
+
+int softmax_backward_cuda(bool log, Dtype dtype, int64_t rows, int64_t columns, const void* dy, const void* y, void* dx,
+                          void* stream) {
+  if (rows == 0) return cudaSuccess;
+  return log ? softmax_backward<true>(dtype, rows, columns, dy, y, dx, stream)
+             : softmax_backward<false>(dtype, rows, columns, dy, y, dx, stream);
+}
+
+}  // namespace entrenar

@@ -1,0 +1,33 @@
+// Blocks of a cluster, which run at once and read each other's shared memory: from compute capability 9.0 on.
+#pragma once
+
+#include "floats.h"
+
+namespace entrenar {
+
+constexpr int kMostBlocksOfCluster = 8;
+
+// All threads of all blocks of the cluster arrive, and see what the others wrote before.
+static __device__ __forceinline__ void cluster_barrier() {
+#if defined(ENTRENAR_EMULATED)
+  emulator::wait_for_cluster();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Where the block of that rank in the cluster has what this block has at `shared`.
+template <class T>
+static __device__ __forceinline__ const T* of_block(const T* shared, unsigned rank) {
+#if defined(ENTRENAR_EMULATED)
+  return (const T*)emulator::of_block((const char*)shared, rank);
+#elif __CUDA_ARCH__ >= 900
+  const T* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
+  return there;
+#else
+  return shared;
+#endif
+}
+
+}  // namespace entrenar

@@ -1,0 +1,180 @@
+// Cross-entropy of rows of logits with one right class each, and its gradient softmax(logits) - onehot(target): a block
+// for each row, which reads it once for the largest logit and the sum of exponentials. For the gradient it keeps what it
+// has read in shared memory, as far as that reaches.
+#undef NDEBUG  // a target that is no class is asserted against in every build, as torch does on CUDA
+#include <assert.h>
+
+#include "cross_entropy.h"
+#include "rows.h"
+
+namespace entrenar {
+
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kLoads = 4;  // of a thread, in flight together
+constexpr float kLog2e = 1.44269504088896341f;
+
+// The exponential of x <= 0, of which float32 gets all digits and 16 bits the leading ones.
+template <Dtype dtype>
+__device__ float exponential(float x) {
+  if constexpr (dtype == kFloat32) {
+    return expf(x);
+  } else {
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * kLog2e));
+    return y;
+#else
+    return exp2f(x * kLog2e);
+#endif
+  }
+}
+
+// Σ e^(x - highest) over logits x seen so far, of which `highest` is the largest; -infinity before the first.
+template <Dtype dtype>
+struct SumOfExponentials {
+  float highest = -INFINITY, sum = 0.0f;
+
+  // What is subtracted from logits: of -infinity alone nothing can be.
+  static __device__ float shift_of(float highest) { return highest == -INFINITY ? 0.0f : highest; }
+
+  template <int n>
+  __device__ void add(const Pack<float, n>& logits) {
+    float largest = highest;
+    for (int e = 0; e < n; e++) largest = fmaxf(largest, logits.at[e]);
+    const float shift = shift_of(largest);
+    float part = 0.0f;
+    for (int e = 0; e < n; e++) part += exponential<dtype>(logits.at[e] - shift);
+    sum = sum * exponential<dtype>(highest - shift) + part;
+    highest = largest;
+  }
+
+  // That of the whole block, in every thread; `shared` holds two floats for each warp.
+  __device__ void over_block(float* shared) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+    over_warp();
+    if (lane == 0) {
+      shared[warp] = highest;
+      shared[kWarp + warp] = sum;
+    }
+    __syncthreads();
+    highest = lane < warps ? shared[lane] : -INFINITY;
+    sum = lane < warps ? shared[kWarp + lane] : 0.0f;
+    over_warp();
+  }
+
+ private:
+  __device__ void over_warp() {
+    const float largest = warp_max(highest);
+    sum = warp_sum(sum * expf(highest - shift_of(largest)));
+    highest = largest;
+  }
+};
+
+// A row as packs that begin at multiples of 16 bytes, and at most `pack - 1` single elements before and after them.
+struct Split {
+  int64_t head, packs, columns;
+  int pack;
+
+  __device__ int64_t singles() const { return columns - packs * pack; }
+  __device__ int64_t single(int64_t s) const { return s < head ? s : packs * pack + s; }
+};
+
+template <Dtype dtype, int n>
+__device__ Split split_of(const typename Float<dtype>::Bits* row, int64_t columns) {
+  const int64_t before = n == 1 ? 0 : (int64_t)(-(uintptr_t)row % 16) / (int64_t)sizeof *row;
+  const int64_t head = min(before, columns);
+  return {head, (columns - head) / n, columns, n};
+}
+
+constexpr size_t kSumBytes = 2 * kWarp * sizeof(float);  // at the start of shared memory
+
+template <Dtype dtype, int n>
+__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropy p, int64_t packs_kept) {
+  using Bits = typename Float<dtype>::Bits;
+  const int64_t row = blockIdx.x, target = p.targets[row];
+  const auto* logits = (const Bits*)p.logits + row * p.classes;
+  auto* gradient = p.gradient ? (Bits*)p.gradient + row * p.classes : nullptr;
+  const Split split = split_of<dtype, n>(logits, p.classes);
+  if (target == p.ignore_index) {
+    if (gradient) {
+      for (int64_t i = threadIdx.x; i < split.packs; i += blockDim.x) store(gradient + split.head + i * n, Pack<Bits, n>());
+      for (int64_t s = threadIdx.x; s < split.singles(); s += blockDim.x) gradient[split.single(s)] = Bits();
+    }
+    if (p.losses && threadIdx.x == 0) p.losses[row] = 0.0f;
+    return;
+  }
+  assert(target >= 0 && target < p.classes);
+  const float target_logit = Float<dtype>::widen(logits[target]);
+
+  auto* kept = (Pack<Bits, n>*)(shared_memory() + kSumBytes);
+  SumOfExponentials<dtype> sum;
+  for (int64_t first = threadIdx.x; first < split.packs; first += kLoads * blockDim.x) {
+    Pack<Bits, n> bits[kLoads];
+#pragma unroll
+    for (int l = 0; l < kLoads; l++) {
+      const int64_t i = first + l * blockDim.x;
+      if (i < split.packs) bits[l] = load<n>(logits + split.head + i * n);
+    }
+#pragma unroll
+    for (int l = 0; l < kLoads; l++) {
+      const int64_t i = first + l * blockDim.x;
+      if (i >= split.packs) break;
+      if (i < packs_kept) kept[i] = bits[l];
+      sum.add(widened<dtype>(bits[l]));
+    }
+  }
+  for (int64_t s = threadIdx.x; s < split.singles(); s += blockDim.x) {
+    sum.add(widened<dtype>(load<1>(logits + split.single(s))));
+  }
+  sum.over_block((float*)shared_memory());
+  const float highest = sum.highest, at_target = target_logit - highest;
+  if (p.losses && threadIdx.x == 0) p.losses[row] = logf(sum.sum) - at_target;
+  if (!gradient) return;
+
+  const float scale = p.scales ? p.scales[row] : 1.0f, factor = scale / sum.sum;
+  for (int64_t i = threadIdx.x; i < split.packs; i += blockDim.x) {
+    Pack<float, n> values = widened<dtype>(i < packs_kept ? kept[i] : load<n>(logits + split.head + i * n));
+    for (float& value : values.at) value = exponential<dtype>(value - highest) * factor;
+    store(gradient + split.head + i * n, narrowed<dtype>(values));
+  }
+  for (int64_t s = threadIdx.x; s < split.singles(); s += blockDim.x) {
+    const int64_t i = split.single(s);
+    gradient[i] = Float<dtype>::narrow(exponential<dtype>(Float<dtype>::widen(logits[i]) - highest) * factor);
+  }
+  __syncthreads();  // the target's element is written last
+  if (threadIdx.x == 0) gradient[target] = Float<dtype>::narrow(scale * (expf(at_target) / sum.sum - 1.0f));
+}
+
+template <Dtype dtype, int n>
+int launch(const CrossEntropy& p, void* stream) {
+  auto* kernel = cross_entropy_kernel<dtype, n>;
+  int64_t packs = 0;
+  if (p.gradient) {
+    int device, limit;
+    if (const int error = cudaGetDevice(&device)) return error;
+    if (const int error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
+    packs = std::min((limit - (int64_t)kSumBytes) / (int64_t)sizeof(Pack<typename Float<dtype>::Bits, n>), p.classes / n);
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((unsigned)p.rows);
+  config.blockDim = dim3((unsigned)std::min<int64_t>(kThreads, (p.classes / n + kWarp) / kWarp * kWarp));
+  config.dynamicSmemBytes = kSumBytes + packs * sizeof(Pack<typename Float<dtype>::Bits, n>);
+  config.stream = (cudaStream_t)stream;
+  const int bytes = (int)config.dynamicSmemBytes;
+  if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
+  return cudaLaunchKernelEx(&config, kernel, p, packs);
+}
+
+}  // namespace
+
+int cross_entropy_cuda(const CrossEntropy& p, void* stream) {
+  if (p.rows == 0) return cudaSuccess;
+  // The gradient's rows must begin as many bytes past a multiple of 16 as those of the logits.
+  const bool packs = !p.gradient || ((uintptr_t)p.logits - (uintptr_t)p.gradient) % 16 == 0;
+  if (p.dtype == kFloat32) return packs ? launch<kFloat32, 4>(p, stream) : launch<kFloat32, 1>(p, stream);
+  return packs ? launch<kBFloat16, 8>(p, stream) : launch<kBFloat16, 1>(p, stream);
+}
+
+}  // namespace entrenar

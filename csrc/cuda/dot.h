@@ -1,0 +1,16 @@
+// y = x Wᵀ + bias for few rows of x, bound by reading W's codes.
+#pragma once
+
+#include "../weight.h"
+
+namespace entrenar {
+
+// Whether the kernel takes so many rows (64 of bfloat16, 21 of float32) and a weight at these addresses: codes must be
+// aligned to 16 bytes, scales to their size.
+bool int4_dot_takes(const Weight& w, Dtype dtype, int64_t rows);
+
+// x [rows, w.columns] and y [rows, w.rows] are contiguous and of float32 or bfloat16; bias [w.rows] may be null. Returns
+// cudaGetLastError().
+int int4_dot_cuda(const Weight& w, Dtype dtype, const void* x, int64_t rows, const float* bias, void* y, void* stream);
+
+}  // namespace entrenar

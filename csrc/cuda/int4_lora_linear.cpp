@@ -1,0 +1,167 @@
+// int4_lora_linear and int4_lora_linears on CUDA. In bfloat16 the products with a rank for one side are kernels of ours;
+// the others, and all in float32, are torch's.
+#include "../int4_lora_linear.h"
+
+#include "blas.h"
+#include "device.h"
+#include "product.h"
+#include "skinny.h"
+
+namespace entrenar {
+
+namespace {
+
+using torch::stable::transpose;
+
+bool is_bfloat16(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
+
+const uint16_t* bits_of(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
+uint16_t* bits_of(Tensor& x) { return static_cast<uint16_t*>(x.mutable_data_ptr()); }
+
+int64_t ranks_of(const std::vector<Layer>& layers) {
+  int64_t ranks = 0;
+  for (const Layer& layer : layers) ranks += layer.rank;
+  return ranks;
+}
+
+// Factors in x's dtype, [rank, columns]: each A, one under another.
+Tensor stacked_A(const Tensor& x, const std::vector<Layer>& layers) {
+  if (!is_bfloat16(x) && layers.size() == 1) return layers[0].A;
+  const OnDevice device(x);
+  const int64_t columns = layers[0].w.columns;
+  Tensor stacked = torch::stable::new_empty(x, {ranks_of(layers), columns});
+  int64_t begin = 0;
+  for (const Layer& layer : layers) {
+    if (is_bfloat16(x)) {
+      device.check(skinny_factor_cuda(layer.A.const_data_ptr<float>(), layer.rank, columns, columns, 1,
+                                      bits_of(stacked) + begin * columns, device.stream()));
+    } else {
+      Tensor own = torch::stable::narrow(stacked, 0, begin, layer.rank);
+      torch::stable::copy_(own, layer.A);
+    }
+    begin += layer.rank;
+  }
+  return stacked;
+}
+
+// And Bᵀ.
+Tensor transposed_B(const Tensor& x, const Layer& layer) {
+  if (!is_bfloat16(x)) return transpose(layer.B, 0, 1);
+  const OnDevice device(x);
+  Tensor factor = torch::stable::new_empty(x, {layer.rank, layer.w.rows});
+  device.check(skinny_factor_cuda(layer.B.const_data_ptr<float>(), layer.rank, layer.w.rows, 1, layer.rank,
+                                  bits_of(factor), device.stream()));
+  return factor;
+}
+
+// scaling x factorᵀ
+Tensor project(const Tensor& x, const Tensor& factor, double scaling) {
+  const int64_t rank = factor.size(0);
+  Tensor out = empty_with_last(x, rank);
+  if (is_bfloat16(x)) {
+    const OnDevice device(x);
+    device.check(skinny_project_cuda(bits_of(x), bits_of(factor), rows_of(x), x.size(-1), rank,
+                                     static_cast<float>(scaling), bits_of(out), device.stream()));
+  } else if (out.numel() > 0) {
+    Tensor flat = matrix(out);
+    addmm(flat, flat, matrix(x), transpose(factor, 0, 1), 0.0, scaling);
+  }
+  return out;
+}
+
+Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double scaling) {
+  Tensors us;
+  if (layers.size() == 1 || !is_bfloat16(x)) {
+    // Torch's product may sum in another order where there are more columns, and a layer's result would not be that of
+    // its own call.
+    for (const Layer& layer : layers) us.push_back(project(x, stacked_A(x, {layer}), scaling));
+    return us;
+  }
+  Tensor all = project(x, stacked_A(x, layers), scaling);
+  int64_t begin = 0;
+  for (const Layer& layer : layers) {
+    us.push_back(torch::stable::clone(torch::stable::narrow(all, -1, begin, layer.rank)));
+    begin += layer.rank;
+  }
+  return us;
+}
+
+// In bfloat16 the smaller terms are written first: they are what is rounded in between.
+Tensor project_up(const Tensor& x, const Tensor& u, const Layer& layer, const std::optional<Tensor>& bias, bool int8) {
+  refuse_int8(int8);
+  Tensor y = empty_with_last(x, layer.w.rows), flat = matrix(y);
+  if (y.numel() == 0) return y;
+  const Tensor B = transposed_B(x, layer);
+  if (bias) {
+    addmm(flat, torch::stable::to(*bias, x.scalar_type()), matrix(u), B, 1.0);
+  } else {
+    addmm(flat, flat, matrix(u), B, 0.0);
+  }
+  multiply_add(matrix(x), layer.w, true, flat);
+  return y;
+}
+
+Tensors project_back(const Tensors& dys, const std::vector<Layer>& layers, double scaling) {
+  Tensors dus;
+  for (size_t i = 0; i < layers.size(); i++) dus.push_back(project(dys[i], transposed_B(dys[i], layers[i]), scaling));
+  return dus;
+}
+
+Tensor side_by_side(const Tensors& parts, int64_t columns) {
+  if (parts.size() == 1) return parts[0];
+  Tensor all = empty_with_last(parts[0], columns);
+  int64_t begin = 0;
+  for (const Tensor& part : parts) {
+    Tensor own = torch::stable::narrow(all, -1, begin, part.size(-1));
+    torch::stable::copy_(own, part);
+    begin += part.size(-1);
+  }
+  return all;
+}
+
+// Each product is added in place. In bfloat16 that rounds the sum once for each layer; one product of all dy, side by
+// side, with all W would round once, but moves 2 N more numbers for a row of dx than adding to it moves 2 K.
+Tensor sum_back(const Tensor& x, const Tensors& dys, const Tensors& dus, const std::vector<Layer>& layers) {
+  Tensor sum = empty_as(x), flat = matrix(sum);
+  if (sum.numel() == 0) return sum;
+  if (!dus.empty()) {
+    addmm(flat, flat, matrix(side_by_side(dus, ranks_of(layers))), stacked_A(x, layers), 0.0);
+  }
+  for (size_t i = 0; i < dys.size(); i++) {
+    if (i == 0 && dus.empty()) {
+      multiply(matrix(dys[i]), layers[i].w, false, std::nullopt, flat);
+    } else {
+      multiply_add(matrix(dys[i]), layers[i].w, false, flat);
+    }
+  }
+  return sum;
+}
+
+Tensor outer(const Tensor& narrow, const Tensor& wide, bool transposed) {
+  const int64_t rows = rows_of(wide), rank = narrow.size(-1), columns = wide.size(-1);
+  Tensor out = torch::stable::new_empty(wide, {transposed ? columns : rank, transposed ? rank : columns},
+                                        ScalarType::Float);
+  if (out.numel() == 0) return out;
+  if (!is_bfloat16(wide)) {
+    const Tensor &left = transposed ? wide : narrow, &right = transposed ? narrow : wide;
+    addmm(out, out, transpose(matrix(left), 0, 1), matrix(right), 0.0);
+    return out;
+  }
+  const OnDevice device(wide);
+  const int64_t count = skinny_outer_parts(rows, columns);
+  Tensor parts = torch::stable::new_empty(out, {count > 1 ? count * out.numel() : 0});
+  device.check(skinny_outer_cuda(bits_of(narrow), bits_of(wide), rows, rank, columns, transposed,
+                                 parts.mutable_data_ptr<float>(), out.mutable_data_ptr<float>(), device.stream()));
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(entrenar, ENTRENAR_DEVICE, m) {
+  m.impl("int4_lora_linear", TORCH_BOX(&int4_lora_linear));
+  m.impl("int4_lora_linear_backward", TORCH_BOX(&int4_lora_linear_backward));
+  m.impl("int4_lora_linears", TORCH_BOX(&int4_lora_linears));
+  m.impl("int4_lora_linears_backward", TORCH_BOX(&int4_lora_linears_backward));
+}
+
+}  // namespace entrenar

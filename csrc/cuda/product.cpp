@@ -1,0 +1,71 @@
+#include "product.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include "blas.h"
+#include "device.h"
+#include "dot.h"
+#include "int4.h"
+
+namespace entrenar {
+
+Tensor matrix(const Tensor& x) { return torch::stable::view(x, {rows_of(x), x.size(-1)}); }
+
+void check_aligned(const Weight& w) {
+  const auto codes = reinterpret_cast<uintptr_t>(w.codes), scales = reinterpret_cast<uintptr_t>(w.scales);
+  STD_TORCH_CHECK(codes % int4::kGroupBytes == 0 && scales % (w.float32_scales ? 4 : 2) == 0,
+                  "codes must begin at a multiple of 16 bytes, and scales at one of a scale's: clone them");
+}
+
+void refuse_int8(bool int8) {
+  STD_TORCH_CHECK(!int8, "int8 activations must be off on CUDA: only the CPU has a product for them");
+}
+
+namespace {
+
+// W in x's dtype, in memory that lives as long as the call. Torch's caching allocator hands the same memory to the next
+// one at once, and knows streams and CUDA graphs, which a buffer of our own would have to learn.
+Tensor decode(const Weight& w, const Tensor& x) {
+  check_aligned(w);
+  const Dtype dtype = dtype_of(x, "x");
+  const int64_t run = dtype == kFloat32 ? 4 : 8;  // elements in 16 bytes, at multiples of which rows begin
+  const int64_t stride = (w.columns + run - 1) / run * run;
+  Tensor decoded = torch::stable::new_empty(x, {w.rows, stride});
+  const OnDevice device(x);
+  device.check(int4_dequantize_cuda(w, dtype, decoded.mutable_data_ptr(), stride, device.stream()));
+  return stride == w.columns ? decoded : torch::stable::narrow(decoded, 1, 0, w.columns);
+}
+
+void multiply_decoded(const Tensor& x, const Weight& w, bool transposed, const Tensor& self, double beta, Tensor& y) {
+  const Tensor decoded = decode(w, x);
+  addmm(y, self, x, transposed ? torch::stable::transpose(decoded, 0, 1) : decoded, beta);
+}
+
+// Straight from the codes.
+void multiply_few(const Tensor& x, const Weight& w, const std::optional<Tensor>& bias, Tensor& y) {
+  check_aligned(w);
+  std::optional<Tensor> own;
+  if (bias) own = packed(*bias);
+  const OnDevice device(x);
+  device.check(int4_dot_cuda(w, dtype_of(x, "x"), x.const_data_ptr(), rows_of(x),
+                             own ? own->const_data_ptr<float>() : nullptr, y.mutable_data_ptr(), device.stream()));
+}
+
+}  // namespace
+
+void multiply(const Tensor& x, const Weight& w, bool transposed, const std::optional<Tensor>& bias, Tensor& y) {
+  if (y.numel() == 0) return;
+  if (transposed && int4_dot_takes(w, dtype_of(x, "x"), rows_of(x))) {
+    multiply_few(x, w, bias, y);
+  } else if (bias) {
+    multiply_decoded(x, w, transposed, torch::stable::to(*bias, y.scalar_type()), 1.0, y);
+  } else {
+    multiply_decoded(x, w, transposed, y, 0.0, y);
+  }
+}
+
+void multiply_add(const Tensor& x, const Weight& w, bool transposed, Tensor& y) {
+  if (y.numel() > 0) multiply_decoded(x, w, transposed, y, 1.0, y);
+}
+
+}  // namespace entrenar

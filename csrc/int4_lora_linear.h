@@ -1,0 +1,161 @@
+// int4_lora_linear: y = x Wᵀ + b + u Bᵀ with u = scaling x Aᵀ, and its gradients: with du = scaling dy B,
+// dx = dy W + du A, dA = duᵀ x, dB = dyᵀ u. int4_lora_linears: several of them at one x, whose dx is one sum.
+//
+// What every device shares: the ops, their checks, and the order of their products. A device includes this once, in the
+// file that defines its products and registers the ops.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "arguments.h"
+
+namespace entrenar {
+
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+struct Layer {
+  Tensor codes, scales;
+  Weight w;
+  Tensor A, B;  // contiguous
+  int64_t rank;
+};
+
+// The products, which each device defines. Tensors are contiguous, and have checked sizes.
+
+// scaling x Aᵀ of each layer, in one pass over x.
+Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double scaling);
+
+// x Wᵀ + u Bᵀ + bias
+Tensor project_up(const Tensor& x, const Tensor& u, const Layer& layer, const std::optional<Tensor>& bias, bool int8);
+
+// scaling dy_i B_i of each layer.
+Tensors project_back(const Tensors& dys, const std::vector<Layer>& layers, double scaling);
+
+// Σ dy_i W_i + du_i A_i, into a tensor like x. Either list may be empty.
+Tensor sum_back(const Tensor& x, const Tensors& dys, const Tensors& dus, const std::vector<Layer>& layers);
+
+// narrowᵀ wide in float32 [rank, columns], or its transpose.
+Tensor outer(const Tensor& narrow, const Tensor& wide, bool transposed);
+
+Layer layer_of(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& lora_A, const Tensor& lora_B,
+               int64_t block) {
+  STD_TORCH_CHECK(x.dim() > 0 && lora_A.dim() == 2, "x must have at least one dimension, and lora_A two");
+  Layer layer = {codes, scales, int4_weight(codes, scales, x.size(-1), block), packed(lora_A), packed(lora_B),
+                 lora_A.size(0)};
+  dense_weight(layer.B, layer.w.rows, layer.rank, "lora_B");
+  dense_weight(layer.A, layer.rank, layer.w.columns, "lora_A");
+  for (const Tensor& tensor : {codes, scales, lora_A, lora_B}) check_device(tensor, x);
+  return layer;
+}
+
+std::vector<Layer> layers_of(const Tensor& x, const Tensors& codes, const Tensors& scales, const Tensors& lora_A,
+                             const Tensors& lora_B, int64_t block) {
+  const size_t count = codes.size();
+  STD_TORCH_CHECK(count > 0 && scales.size() == count && lora_A.size() == count && lora_B.size() == count,
+                  "codes, scales, lora_A and lora_B must be lists of one length, which is not 0");
+  std::vector<Layer> layers;
+  for (size_t i = 0; i < count; i++) {
+    layers.push_back(layer_of(x, codes[i], scales[i], lora_A[i], lora_B[i], block));
+  }
+  return layers;
+}
+
+std::tuple<Tensors, Tensors> forward(const Tensor& x, const Tensor& lora_x, const std::vector<Layer>& layers,
+                                     std::optional<Tensor> bias, double scaling, bool int8) {
+  const Tensor input = packed(x);
+  Tensors us = project_down(packed(lora_x), layers, scaling), ys;
+  int64_t begin = 0;
+  for (size_t i = 0; i < layers.size(); i++) {
+    const int64_t columns = layers[i].w.rows;
+    std::optional<Tensor> own;
+    if (bias) own = layers.size() == 1 ? *bias : torch::stable::narrow(*bias, 0, begin, columns);
+    check_bias(own, columns);
+    ys.push_back(project_up(input, us[i], layers[i], own, int8));
+    begin += columns;
+  }
+  return {ys, us};
+}
+
+struct Gradients {
+  Tensor dx, d_lora_x;
+  Tensors dA, dB;
+};
+
+// x is what A saw. Where that was not the layer's own x, the gradients of the two are `apart`.
+Gradients backward(const Tensors& dys, const Tensor& x, const std::vector<Layer>& layers, const Tensors& us,
+                   double scaling, bool needs_dx, bool apart) {
+  const Tensor input = packed(x);
+  const int64_t rows = rows_of(x);
+  const size_t count = layers.size();
+  STD_TORCH_CHECK(dys.size() == count && us.size() == count, "dy and u must be lists of the layers' length");
+
+  Tensors gradients, downs;
+  for (size_t i = 0; i < count; i++) {
+    STD_TORCH_CHECK(dtype_of(dys[i], "dy") == dtype_of(x, "x") && dtype_of(us[i], "u") == dtype_of(x, "x"),
+                    "dy, u and x must have the same dtype");
+    for (const Tensor& tensor : {dys[i], us[i]}) check_device(tensor, x);
+    gradients.push_back(packed(dys[i]));
+    downs.push_back(packed(us[i]));
+    STD_TORCH_CHECK(gradients[i].numel() == rows * layers[i].w.rows && downs[i].numel() == rows * layers[i].rank,
+                    "dy must be [..., N] and u [..., r], with the rows of x");
+  }
+  const Tensors dus = project_back(gradients, layers, scaling);
+
+  const Tensor none = torch::stable::new_empty(x, {0});
+  Gradients result = {needs_dx ? sum_back(input, gradients, apart ? Tensors() : dus, layers) : none,
+                      apart ? sum_back(input, {}, dus, layers) : none, {}, {}};
+  for (size_t i = 0; i < count; i++) {
+    result.dA.push_back(outer(dus[i], input, false));
+    result.dB.push_back(outer(downs[i], gradients[i], true));
+  }
+  return result;
+}
+
+std::tuple<Tensor, Tensor> int4_lora_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
+                                            std::optional<Tensor> bias, const Tensor& lora_A, const Tensor& lora_B,
+                                            double scaling, int64_t block, std::optional<Tensor> lora_x, bool int8) {
+  STD_TORCH_CHECK(!lora_x || (dtype_of(*lora_x, "lora_x") == dtype_of(x, "x") && lora_x->numel() == x.numel()),
+                  "lora_x must have x's shape and dtype");
+  const auto [ys, us] =
+      forward(x, lora_x ? *lora_x : x, {layer_of(x, codes, scales, lora_A, lora_B, block)}, bias, scaling, int8);
+  return {ys[0], us[0]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> int4_lora_linear_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& lora_A,
+    const Tensor& lora_B, const Tensor& u, double scaling, int64_t block, bool needs_dx, bool apart) {
+  const Gradients found =
+      backward({dy}, x, {layer_of(x, codes, scales, lora_A, lora_B, block)}, {u}, scaling, needs_dx, apart);
+  return {found.dx, found.d_lora_x, found.dA[0], found.dB[0]};
+}
+
+std::tuple<Tensors, Tensors> int4_lora_linears(const Tensor& x, Tensors codes, Tensors scales,
+                                               std::optional<Tensor> bias, Tensors lora_A, Tensors lora_B,
+                                               double scaling, int64_t block, bool int8) {
+  const std::vector<Layer> layers = layers_of(x, codes, scales, lora_A, lora_B, block);
+  int64_t columns = 0;
+  for (const Layer& layer : layers) columns += layer.w.rows;
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == columns), "bias must be all biases, one after another: ",
+                  columns, " elements");
+  return forward(x, x, layers, bias, scaling, int8);
+}
+
+std::tuple<Tensor, Tensors, Tensors> int4_lora_linears_backward(Tensors dy, const Tensor& x, Tensors codes,
+                                                                Tensors scales, Tensors lora_A, Tensors lora_B,
+                                                                Tensors u, double scaling, int64_t block,
+                                                                bool needs_dx) {
+  const Gradients found =
+      backward(dy, x, layers_of(x, codes, scales, lora_A, lora_B, block), u, scaling, needs_dx, false);
+  return {found.dx, found.dA, found.dB};
+}
+
+}  // namespace
+
+}  // namespace entrenar

@@ -1,0 +1,241 @@
+"""The attention ops on CUDA: torch's flash attention for 16 bits, its memory-efficient attention for float32.
+
+Both want the heads of a token side by side, columns in whole vectors of 16 bytes, and as many of them in query, key and
+value: columns of zeros, which change no score, fill up what lacks. The backward of either adds up with atomics, in any
+order, unless torch.use_deterministic_algorithms is on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from entrenar.autograd.ops._library import library
+
+COLUMNS = 8
+"""Elements of a vector, and of 16 bits; the columns are a multiple of it."""
+VECTOR_BYTES = 16
+LSE_ROWS = 32
+"""The memory-efficient backward reads the logarithms in units of so many queries."""
+FROM_TOP_LEFT = 1
+"""The memory-efficient attention's number for a mask that lets query i see the keys 0 to i."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """`torch.ops.entrenar.attention` of tensors on CUDA."""
+    _check(q, k, v, offsets, causal)
+    if _nothing(q, k):
+        return _zeros(q, v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
+    if q.dtype is torch.float32 and offsets is not None:
+        sequences = _sequences(offsets, (q, k, v))
+        parts = [attention(q, k, v, None, scale, causal) for q, k, v in sequences]
+        return _tokens(torch.cat([o for o, _ in parts], 2)), torch.cat([lse for _, lse in parts], 2)
+    key, value = _seen(q, k, v, offsets, causal)
+    width = _width(q, v)
+    q, key, value = (_rows(x, width) for x in (q, key, value))
+    if q.dtype is torch.float32:
+        o, lse = _efficient_forward(q, key, value, scale, causal)
+    else:
+        o, lse = _flash_forward(q, key, value, offsets, scale, causal)
+    return _heads(o, v.shape[-1]), lse
+
+
+def attention_backward(
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    offsets: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.ops.entrenar.attention_backward` of tensors on CUDA."""
+    _check(q, k, v, offsets, causal)
+    _check_results(d_o, q, v, o, lse)
+    if _nothing(q, k):
+        return _zeros(q, q.shape[-1]), _zeros(k, k.shape[-1]), _zeros(v, v.shape[-1])
+    if q.dtype is torch.float32 and offsets is not None:
+        sequences = _sequences(offsets, (d_o, q, k, v, o, lse))
+        parts = [attention_backward(d_o, q, k, v, o, lse, None, scale, causal) for d_o, q, k, v, o, lse in sequences]
+        dq, dk, dv = (_tokens(torch.cat(gradients, 2)) for gradients in zip(*parts, strict=True))
+        return dq, dk, dv
+    key, value = _seen(q, k, v, offsets, causal)
+    width = _width(q, v)
+    columns, unseen = q.shape[-1], k.shape[2] - key.shape[2]
+    d_o, q, key, value, o = (_rows(x, width) for x in (d_o, q, key, value, o))
+    if q.dtype is torch.float32:
+        dq, dk, dv = _efficient_backward(d_o, q, key, value, o, lse, scale, causal)
+    else:
+        dq, dk, dv = _flash_backward(d_o, q, key, value, o, lse, offsets, scale, causal)
+    if unseen:
+        dk, dv = (F.pad(d, (0, 0, 0, 0, 0, unseen)) for d in (dk, dv))
+    return _heads(dq, columns), _heads(dk, columns), _heads(dv, v.shape[-1])
+
+
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The output [B, T, H, C] and the logarithms [B, H, T], of rows [B, T, H, C] and [B, S, G, C]."""
+    forward = torch.ops.aten._flash_attention_forward
+    if offsets is None:
+        o, lse, *_ = forward(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale)
+        return o, lse
+    at, longest = _starts(offsets, q.device)
+    o, lse, *_ = forward(q[0], k[0], v[0], at, at, longest, longest, 0.0, causal, False, scale=scale)
+    return o.unsqueeze(0), lse.unsqueeze(0)
+
+
+def _flash_backward(
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    offsets: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backward = torch.ops.aten._flash_attention_backward
+    lse = lse.contiguous()
+    none = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the random state, without dropout
+    if offsets is None:
+        lengths = q.shape[1], k.shape[1]
+        dq, dk, dv = backward(d_o, q, k, v, o, lse, None, None, *lengths, 0.0, causal, none, none, scale=scale)
+        return dq, dk, dv
+    at, longest = _starts(offsets, q.device)
+    packed = [x[0] for x in (d_o, q, k, v, o, lse)]
+    dq, dk, dv = backward(*packed, at, at, longest, longest, 0.0, causal, none, none, scale=scale)
+    return dq.unsqueeze(0), dk.unsqueeze(0), dv.unsqueeze(0)
+
+
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    k, v = (_repeat(x, q.shape[2]) for x in (k, v))
+    mask = FROM_TOP_LEFT if causal else 0
+    o, lse, *_ = torch.ops.aten._efficient_attention_forward(
+        q, k, v, None, None, None, None, None, 0.0, mask, True, scale=scale
+    )
+    return o, lse[..., : q.shape[1]].contiguous()
+
+
+def _efficient_backward(
+    d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = k.shape[2]
+    k, v = (_repeat(x, q.shape[2]) for x in (k, v))
+    # With a logarithm of infinity the probabilities of queries that do not exist are zero.
+    lse = F.pad(lse, (0, -lse.shape[-1] % LSE_ROWS), value=math.inf).contiguous()
+    none = torch.zeros((), dtype=torch.int64, device=q.device)  # of the random state, without dropout
+    mask, lengths = FROM_TOP_LEFT if causal else 0, (q.shape[1], k.shape[1])
+    dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
+        d_o, q, k, v, None, o, None, None, *lengths, lse, 0.0, none, none, mask, False, scale=scale
+    )
+    if groups != q.shape[2]:
+        dk, dv = (d.unflatten(2, (groups, -1)).sum(3) for d in (dk, dv))
+    return dq, dk, dv
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, causal: bool) -> None:
+    def described() -> str:
+        named = zip(("q", "k", "v"), (q, k, v), strict=True)
+        return ", ".join(f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in named)
+
+    if any(x.dim() != 4 for x in (q, k, v)):
+        raise RuntimeError(f"q, k and v must have four dimensions: {described()}")
+    if q.dtype not in DTYPES or any(x.dtype is not q.dtype or x.device != q.device for x in (k, v)):
+        raise RuntimeError(f"q must be float32, bfloat16 or float16, k and v of its dtype and device: {described()}")
+    batch, heads, rows, columns = q.shape
+    if k.shape[::3] != (batch, columns) or v.shape[:3] != k.shape[:3] or (heads and heads % max(k.shape[1], 1)):
+        raise RuntimeError(f"k and v do not fit q, whose heads are a multiple of theirs: {described()}")
+    if heads and not k.shape[1]:
+        raise RuntimeError(f"k has no heads: {described()}")
+    if offsets is not None:
+        at = offsets.tolist() if offsets.dtype is torch.int64 and offsets.dim() == 1 else []
+        if not at or batch != 1 or k.shape[2] != rows or at[0] != 0 or at[-1] != rows or at != sorted(at):
+            raise RuntimeError(
+                f"offsets must be int64, not decrease, begin with 0 and end with the number of queries, and there must "
+                f"be one batch, and as many queries as keys: {offsets}, {described()}"
+            )
+    elif causal and q.dtype is not torch.float32 and rows > k.shape[2]:
+        raise RuntimeError(f"causal flash attention takes no more queries than keys: {described()}")
+
+
+def _check_results(d_o: Tensor, q: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
+    shape = (*q.shape[:-1], v.shape[-1])
+    for name, x in (("d_o", d_o), ("o", o)):
+        if x.shape != shape or x.dtype is not q.dtype:
+            raise RuntimeError(f"{name} must be {q.dtype} {shape}, not {x.dtype} {tuple(x.shape)}")
+    if lse.shape != q.shape[:-1] or lse.dtype is not torch.float32:
+        raise RuntimeError(f"lse must be float32 {tuple(q.shape[:-1])}, not {lse.dtype} {tuple(lse.shape)}")
+
+
+def _seen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+    """Key and value without the rows that no query sees: flash attention lets the last query see the last key."""
+    rows = q.shape[2]
+    return (k[:, :, :rows], v[:, :, :rows]) if causal and offsets is None else (k, v)
+
+
+def _nothing(q: Tensor, k: Tensor) -> bool:
+    return 0 in (*q.shape[:3], k.shape[2])
+
+
+def _zeros(like: Tensor, columns: int) -> Tensor:
+    batch, heads, rows, _ = like.shape
+    return like.new_zeros(batch, rows, heads, columns).transpose(1, 2)
+
+
+def _width(q: Tensor, v: Tensor) -> int:
+    """The columns that all tensors get."""
+    return max(math.ceil(max(q.shape[-1], v.shape[-1]) / COLUMNS), 1) * COLUMNS
+
+
+def _rows(x: Tensor, width: int) -> Tensor:
+    """[B, H, T, C] as [B, T, H, width], in whole vectors."""
+    x = x.transpose(1, 2)
+    if x.shape[-1] < width:
+        return F.pad(x, (0, width - x.shape[-1])).contiguous()
+    steps = (stride * x.element_size() for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
+    if x.stride(-1) == 1 and x.data_ptr() % VECTOR_BYTES == 0 and all(step % VECTOR_BYTES == 0 for step in steps):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _heads(x: Tensor, columns: int) -> Tensor:
+    """[B, T, H, width] as [B, H, T, columns] in the memory that the ops give, [B, T, H, columns]."""
+    return x[..., :columns].contiguous().transpose(1, 2)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B, H, T, C] with the heads of a token side by side in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    """[B, S, G, C] as [B, S, heads, C]: neighbours share a head."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def _starts(offsets: Tensor, device: torch.device) -> tuple[Tensor, int]:
+    """Where the sequences start, int32 on the device, and the length of the longest."""
+    longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
+    return offsets.to(torch.int32).to(device, non_blocking=True), longest
+
+
+def _sequences(offsets: Tensor, tensors: tuple[Tensor, ...]) -> Iterator[list[Tensor]]:
+    """The rows of each sequence, from all tensors [1, H, N, ...]."""
+    for start, stop in itertools.pairwise(offsets.tolist()):
+        yield [x[:, :, start:stop] for x in tensors]
+
+
+library.impl("attention", attention, "CUDA")
+library.impl("attention_backward", attention_backward, "CUDA")

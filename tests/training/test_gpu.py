@@ -1,0 +1,72 @@
+"""A run on a GPU: trained, resumed, described and asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from run_tiny import CONFIG, make_run_model, records
+from tiny import add_adapters, make_model, make_tokenizer
+
+from entrenar.fusion import FusedAttention, FusedMLP, FusedRMSNorm
+from entrenar.training import causal_lm_loss, encode, finetune, generate
+from entrenar.training.metrics import StepMetrics
+from entrenar.training.watcher import Nobody
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+STOP = 7
+
+
+class KilledError(Exception):
+    pass
+
+
+class Killer(Nobody):
+    def step(self, row: StepMetrics, total_steps: int) -> None:
+        if row.step == STOP:
+            raise KilledError
+
+
+def train(out: Path, **settings: object) -> bytes:
+    tokenizer = make_tokenizer()
+    examples = encode(records(20), tokenizer).examples
+    heldout = encode(records(4, 100), tokenizer).examples
+    finetune(make_run_model().cuda(), tokenizer, examples, heldout, CONFIG, out, **settings)
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.usefixtures("poisoned")  # for deterministic kernels
+def test_a_run_with_dropout_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole")
+    with pytest.raises(KilledError):
+        train(tmp_path / "killed", watcher=Killer())
+    torch.manual_seed(9)
+    assert train(tmp_path / "killed", resume=True) == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradients_are_those_of_the_cpu(dtype: torch.dtype) -> None:
+    model = add_adapters(make_model(dtype=dtype), bits=4)
+    there = add_adapters(make_model(dtype=dtype).cuda(), bits=4)
+    kinds = {type(module) for module in there.modules()}
+    assert {FusedAttention, FusedMLP, FusedRMSNorm} <= kinds
+    there.load_state_dict(model.state_dict())
+    ids = torch.randint(320, (2, 9))
+    losses = [causal_lm_loss(model, ids), causal_lm_loss(there, ids.cuda())]
+    for loss in losses:
+        loss.backward()
+    # Of 20 layers' worth of roundings, each 2^-8 in bfloat16.
+    tolerance = 1e-4 if dtype is torch.float32 else 2**-4
+    torch.testing.assert_close(losses[1].cpu(), losses[0], rtol=tolerance, atol=0)
+    for (name, here), other in zip(model.named_parameters(), there.parameters(), strict=True):
+        if here.grad is not None:
+            error = (other.grad.cpu() - here.grad).norm() / here.grad.norm().clamp(min=1e-30)
+            assert error <= tolerance, name
+
+
+def test_generates(tmp_path: Path) -> None:
+    tokenizer, model = make_tokenizer(), make_model(dtype=torch.bfloat16).cuda()
+    pieces: list[str] = []
+    answer = generate(add_adapters(model, bits=4), tokenizer, "Count from 1 to 3.", 8, on_text=pieces.append)
+    assert answer == "".join(pieces).strip()
