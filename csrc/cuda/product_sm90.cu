@@ -18,12 +18,12 @@ using namespace hopper;
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
-constexpr int kMaxRank = kStep;    // the last term is one more step
-constexpr int kMaxShared = 227 * 1024;
+constexpr int kMaxRank = kStep;  // the last term is one more step
+constexpr int kMaxParts = 8;     // blocks of a cluster
+constexpr int kLeastSlice = 16;  // tokens of a part of a tile that store_matrices_transposed writes
+constexpr int kMaxShared = 227 * 1024, kProcessorShared = 228 * 1024, kReservedShared = 1024;
 
 static_assert(kConsumers * kWarpgroupFeatures == kFeatures, "");
-static_assert((kConsumers * kConsumerRegisters + kProducerRegisters) * kWarpgroup <= 65536, "");
 static_assert(kFeatures == kWarpgroup && 2 * kStep == kWarpgroup, "a producer's thread for each scale");
 
 struct Arguments {
@@ -31,22 +31,28 @@ struct Arguments {
   const uint16_t* scales;
   const float* bias;
   const uint16_t* factor;
-  int64_t blocks, tiles;  // blocks of a row; tiles of the whole, each of kCluster blocks side by side
+  int64_t blocks, tiles;  // blocks of a row
   int block, rank, features, steps, feature_tiles, token_tiles;
+  int parts;  // of the contraction, each a block's of a cluster
 };
 
 // Shared memory: stages of the pipeline, each of input, codes and scales; the output's tile; the barriers.
 template <int kTokens>
 struct Layout {
+  static constexpr int kResident = kTokens == 64 ? 2 : 1;  // blocks of a multiprocessor, which hide each other's waits
+  static constexpr int kConsumerRegisters = kResident == 2 ? 96 : 232, kProducerRegisters = 40;
   static constexpr int kIn = kTokens * kStep * 2;
   static constexpr int kStage = kIn + kCodesBytes + kScalesBytes;
   static constexpr int kWarpgroupOut = kTokens * kWarpgroupFeatures * 2;
   static constexpr int kOut = kConsumers * kWarpgroupOut;
   static constexpr int kBarriers = 1024;
-  static constexpr int kFit = (kMaxShared - kOut - kBarriers) / kStage;
+  static constexpr int kMost = kResident == 2 ? kProcessorShared / 2 - kReservedShared : kMaxShared;
+  static constexpr int kFit = (kMost - kOut - kBarriers) / kStage;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kBytes = kStages * kStage + kOut + kBarriers;
   static_assert(kStage % 1024 == 0, "the 128-byte swizzle repeats after 1024 bytes");
+  static_assert(kStages * kStage >= kFeatures * kTokens * 4, "a part's sums lie where its stages were");
+  static_assert((kConsumers * kConsumerRegisters + kProducerRegisters) * kWarpgroup <= 65536 / kResident, "");
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -71,107 +77,89 @@ struct Pipeline {
   __device__ uint32_t empty() const { return full() + 8; }
 };
 
-// Scales of one step for one producer's thread: of the step's 32-element groups of its row in the forward, of two
-// groups of features of its row in the gradient.
-template <bool gradient, int kCluster>
-struct ScaleReader {
-  const Arguments& p;
-  int rank, thread;
-  int64_t tile;
-  int step = 0;
-  const uint16_t* at = nullptr;
-
-  __device__ ScaleReader(const Arguments& p, int rank, int thread)
-      : p(p), rank(rank), thread(thread), tile(blockIdx.x / kCluster) {
-    start();
-  }
-
-  __device__ void start() {
-    if (tile >= p.tiles) return;
-    const int feature = (tile_at(tile, p.feature_tiles, p.token_tiles).features * kCluster + rank) * kFeatures;
-    if (gradient) {
-      const int column = min(feature + thread / kStep * kWarpgroupFeatures, p.features - kWarpgroupFeatures);
-      at = p.scales + thread % kStep * p.blocks + column / p.block;
-    } else {
-      at = p.scales + min(feature + thread, p.features - 1) * p.blocks;
-    }
-  }
-
-  __device__ uint32_t next() {
-    if (tile >= p.tiles) return 0;
-    const bool two = p.block == int4::kGroup;
-    const uint32_t value = two ? __ldg((const uint32_t*)at) : __ldg(at) * 0x10001u;
-    at += gradient ? kStep * p.blocks : kStep / p.block;
-    if (++step == p.steps) {
-      step = 0;
-      tile += gridDim.x / kCluster;
-      start();
-    }
-    return value;
-  }
+// The steps of a part of the contraction.
+struct Range {
+  int begin, end;
+  __device__ Range(const Arguments& p, int part)
+      : begin((int)((int64_t)p.steps * part / p.parts)), end((int)((int64_t)p.steps * (part + 1) / p.parts)) {}
 };
 
-constexpr int kAhead = 4;  // steps for which the producer holds scales in registers
+// The scales of a tile for one producer's thread: in each step those of the 32-element groups of its row in the
+// forward, of two groups of features of its row in the gradient.
+template <bool gradient>
+struct ScaleReader {
+  const uint16_t* at;
+  int64_t stride;
+  bool two;
 
-template <bool gradient, int kTokens, int kCluster>
-__device__ void produce(const Arguments& p, Pipeline<kTokens> pipeline, int rank) {
+  __device__ ScaleReader(const Arguments& p, int feature, int thread) : two(p.block == int4::kGroup) {
+    if (gradient) {
+      const int column = min(feature + thread / kStep * kWarpgroupFeatures, p.features - kWarpgroupFeatures);
+      at = p.scales + thread % kStep * p.blocks + (two ? column / int4::kGroup : column / kStep);
+      stride = kStep * p.blocks;
+    } else {
+      at = p.scales + min(feature + thread, p.features - 1) * p.blocks;
+      stride = two ? 2 : 1;
+    }
+  }
+
+  // As memory holds them: nothing may wait for them here.
+  __device__ uint32_t read(int step) const {
+    const uint16_t* const from = at + step * stride;
+    return two ? __ldg((const uint32_t*)from) : __ldg(from);
+  }
+  __device__ uint32_t both(uint32_t read) const { return two ? read : read * 0x10001; }
+};
+
+constexpr int kAhead = 8;  // steps for which the producer holds scales in registers: the latency of memory
+
+template <bool gradient, int kTokens>
+__device__ void produce(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
   using L = Layout<kTokens>;
   const int thread = threadIdx.x % kWarpgroup;
-  constexpr int kPart = kTokens / kCluster;  // each block of a cluster loads its part of the input for all of them
+  const Range range(p, part);
 
-  const auto load = [&](const CUtensorMap* map, int column, int token, int feature, int step, bool weight) {
-    const uint32_t full = pipeline.full();
-    barrier_expect(full, L::kIn + (weight ? kCodesBytes : 0));
-    const uint32_t in = shared_address(pipeline.in()) + rank * (kPart * kStep * 2);
-    if (kCluster == 1) {
-      load_tile(in, map, column, token, full);
-    } else {
-      load_tile(in, map, column, token + rank * kPart, full, (1 << kCluster) - 1);
-    }
-    if (!weight) return;
-    const uint32_t codes = shared_address(pipeline.codes());
-    if (gradient) {
-      load_tile(codes, &p.codes, feature / 2, step * kStep, full);
-    } else {
-      load_tile(codes, &p.codes, step * (kStep / 2), feature, full);
-    }
-  };
   const auto publish = [&] {
     __syncwarp();
     if (thread % kWarp == 0) barrier_arrive(pipeline.full());
     pipeline.next();
   };
-
-  ScaleReader<gradient, kCluster> reader(p, rank, thread);
-  uint32_t ahead[kAhead];
+  for (int64_t tile = blockIdx.x / p.parts; tile < p.tiles; tile += gridDim.x / p.parts) {
+    const Tile place = tile_at(tile, p.feature_tiles, p.token_tiles);
+    const int feature = place.features * kFeatures, token = place.tokens * kTokens;
+    const ScaleReader<gradient> scales(p, feature, thread);
+    uint32_t ahead[kAhead];
 #pragma unroll
-  for (int i = 0; i < kAhead; i++) ahead[i] = reader.next();
+    for (int i = 0; i < kAhead; i++) ahead[i] = range.begin + i < range.end ? scales.read(range.begin + i) : 0;
 
-  int64_t tile = blockIdx.x / kCluster;
-  int step = 0, feature = 0, token = 0;
-  while (true) {
+    for (int first = range.begin; first < range.end; first += kAhead) {
 #pragma unroll
-    for (int i = 0; i < kAhead; i++) {
-      if (step == 0) {
-        if (tile >= p.tiles) return;
-        const Tile at = tile_at(tile, p.feature_tiles, p.token_tiles);
-        feature = (at.features * kCluster + rank) * kFeatures;
-        token = at.tokens * kTokens;
-      }
-      barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
-      if (thread == 0) load(&p.in, step * kStep, token, feature, step, true);
-      write_scales<gradient>(pipeline.scales(), thread, ahead[i]);
-      ahead[i] = reader.next();
-      publish();
-      if (++step == p.steps) {
-        step = 0;
-        tile += gridDim.x / kCluster;
-        if (p.rank) {
-          barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
-          if (thread == 0) load(&p.low, 0, token, feature, 0, false);
-          publish();
+      for (int i = 0; i < kAhead; i++) {
+        const int step = first + i;
+        if (step >= range.end) break;
+        barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
+        if (thread == 0) {
+          const uint32_t full = pipeline.full(), codes = shared_address(pipeline.codes());
+          barrier_expect(full, L::kIn + kCodesBytes);
+          load_tile(shared_address(pipeline.in()), &p.in, step * kStep, token, full);
+          if (gradient) {
+            load_tile(codes, &p.codes, feature / 2, step * kStep, full);
+          } else {
+            load_tile(codes, &p.codes, step * (kStep / 2), feature, full);
+          }
         }
+        write_scales<gradient>(pipeline.scales(), thread, scales.both(ahead[i]));
+        if (step + kAhead < range.end) ahead[i] = scales.read(step + kAhead);
+        publish();
       }
+    }
+    if (p.rank && range.end == p.steps) {
+      barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
+      if (thread == 0) {
+        barrier_expect(pipeline.full(), L::kIn);
+        load_tile(shared_address(pipeline.in()), &p.low, 0, token, pipeline.full());
+      }
+      publish();
     }
   }
 }
@@ -209,18 +197,41 @@ __device__ void multiply(float (&sums)[kSums], Fragments& a, uint64_t in, bool a
   wgmma_commit();
 }
 
-template <int kCluster>
 __device__ void release(uint32_t empty) {
-  const int lane = threadIdx.x % kWarp;
-  if (kCluster == 1) {
-    if (lane == 0) barrier_arrive(empty);
-  } else {
-    if (lane < kCluster) barrier_arrive_at(empty, lane);
-  }
+  if (threadIdx.x % kWarp == 0) barrier_arrive(empty);
 }
 
+// Adds up the parts of a tile, always in the same order: of each thread's sums this block keeps, as the first, those of
+// its own slice of the tokens. They are exchanged through the memory of the stages, which have all been used.
+template <int kTokens>
+__device__ void add_parts(const Arguments& p, float (&sums)[kTokens / 2], char* shared, int part) {
+  constexpr int kChunks = kTokens / 8, kChunkBytes = kConsumers * kWarpgroup * 16;
+  const int own = kChunks / p.parts;
+  const uint32_t at = shared_address(shared) + (threadIdx.x - kWarpgroup) * 16;
+  consumers_sync<kConsumers * kWarpgroup>();
+#pragma unroll
+  for (int i = 0; i < kChunks; i++) {
+    store_shared(at + i * kChunkBytes, sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+  }
+  cluster_sync();
+#pragma unroll
+  for (float& sum : sums) sum = 0;
+  for (int other = 0; other < p.parts; other++) {
+    const uint32_t from = at_block(at, other) + part * own * kChunkBytes;
+#pragma unroll
+    for (int i = 0; i < kChunks / 2; i++) {
+      if (i >= own) break;
+      float part_sums[4];
+      load_cluster(part_sums, from + i * kChunkBytes);
+      for (int j = 0; j < 4; j++) sums[4 * i + j] += part_sums[j];
+    }
+  }
+  cluster_sync();  // the others have read this block's
+}
+
+// The first of sums, those of slice tokens.
 template <bool gradient, int kTokens>
-__device__ void write(const Arguments& p, float (&sums)[kTokens / 2], char* out, int feature, int token) {
+__device__ void write(const Arguments& p, float (&sums)[kTokens / 2], char* out, int feature, int token, int slice) {
   const int warpgroup = threadIdx.x / kWarpgroup - 1, warp = threadIdx.x % kWarpgroup / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (!gradient && p.bias) {
@@ -243,7 +254,8 @@ __device__ void write(const Arguments& p, float (&sums)[kTokens / 2], char* out,
     return *(const uint32_t*)&pair;
   };
 #pragma unroll
-  for (int i = 0; i < kTokens / 16; i++) {
+  for (int i = 0; i < kTokens / kLeastSlice; i++) {
+    if (i * kLeastSlice >= slice) break;
     const float* const s = sums + 8 * i;
     store_matrices_transposed(to + kNextTokens * i, narrow(s[0], s[1]), narrow(s[2], s[3]), narrow(s[4], s[5]),
                               narrow(s[6], s[7]));
@@ -253,42 +265,43 @@ __device__ void write(const Arguments& p, float (&sums)[kTokens / 2], char* out,
   if (elected) store_tile(&p.out, feature, token, shared_address(out));
 }
 
-template <bool gradient, int kTokens, int kCluster>
-__device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int rank) {
+template <bool gradient, int kTokens>
+__device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
   using L = Layout<kTokens>;
   const int thread = threadIdx.x - kWarpgroup, warpgroup = thread / kWarpgroup;
   char* const out = pipeline.shared + L::kStages * L::kStage + warpgroup * L::kWarpgroupOut;
+  const Range range(p, part);
   float sums[kTokens / 2];
   Fragments a[2];
 
-  for (int64_t tile = blockIdx.x / kCluster; tile < p.tiles; tile += gridDim.x / kCluster) {
+  for (int64_t tile = blockIdx.x / p.parts; tile < p.tiles; tile += gridDim.x / p.parts) {
     const Tile at = tile_at(tile, p.feature_tiles, p.token_tiles);
-    const int feature = (at.features * kCluster + rank) * kFeatures + warpgroup * kWarpgroupFeatures;
+    const int feature = at.features * kFeatures + warpgroup * kWarpgroupFeatures;
     uint32_t used = 0;
 
     barrier_wait(pipeline.full(), pipeline.parity);
     decode<gradient>(a[0], pipeline.codes(), pipeline.scales(), thread, 0);
-    for (int step = 0; step < p.steps; step++) {
+    for (int step = range.begin; step < range.end; step++) {
       // While the tensor cores multiply by one half of the stage, the other is decoded.
       const uint64_t in = wgmma_rows(shared_address(pipeline.in()));
-      multiply(sums, a[0], in, step > 0);
+      multiply(sums, a[0], in, step > range.begin);
       wgmma_wait<1>();
-      if (step > 0) release<kCluster>(used);
+      if (step > range.begin) release(used);
       decode<gradient>(a[1], pipeline.codes(), pipeline.scales(), thread, 1);
       multiply(sums, a[1], in + 2 * kWgmmaNext, true);
       wgmma_wait<1>();
       used = pipeline.empty();
       pipeline.next();
-      if (step + 1 < p.steps) {
+      if (step + 1 < range.end) {
         barrier_wait(pipeline.full(), pipeline.parity);
         decode<gradient>(a[0], pipeline.codes(), pipeline.scales(), thread, 0);
       }
     }
-    if (p.rank) {
+    if (p.rank && range.end == p.steps) {
       Fragments factor[2];
       for (int i = 0; i < 4; i++) read_factor<gradient>(factor[i / 2][i % 2], p, feature, 16 * i);
       wgmma_wait<0>();
-      release<kCluster>(used);
+      release(used);
       barrier_wait(pipeline.full(), pipeline.parity);
       const uint64_t in = wgmma_rows(shared_address(pipeline.in()));
       multiply(sums, factor[0], in, true);
@@ -297,41 +310,47 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int rank
       pipeline.next();
     }
     wgmma_wait<0>();
-    release<kCluster>(used);
+    release(used);
     for (float& sum : sums) pin(sum);
-    write<gradient, kTokens>(p, sums, out, feature, at.tokens * kTokens);
+    if (p.parts > 1) add_parts<kTokens>(p, sums, pipeline.shared, part);
+    const int slice = kTokens / p.parts;
+    write<gradient, kTokens>(p, sums, out, feature, at.tokens * kTokens + part * slice, slice);
   }
   if (threadIdx.x % kWarpgroup == 0) wait_stores();
 }
 
 #endif
 
-template <bool gradient, int kTokens, int kCluster>
-__global__ __launch_bounds__(kThreads, 1) void product_kernel(const __grid_constant__ Arguments p) {
+template <bool gradient, int kTokens>
+__global__ __launch_bounds__(kThreads, Layout<kTokens>::kResident) void product_kernel(
+    const __grid_constant__ Arguments p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using L = Layout<kTokens>;
   Pipeline<kTokens> pipeline;
   pipeline.shared = shared_memory();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Layout<kTokens>::kStages; i++) {
+    for (int i = 0; i < L::kStages; i++) {
       barrier_init(pipeline.full(), kWarpgroup / kWarp);
-      barrier_init(pipeline.empty(), kCluster * kConsumers * kWarpgroup / kWarp);
+      barrier_init(pipeline.empty(), kConsumers * kWarpgroup / kWarp);
       pipeline.next();
     }
     fence_barrier_init();
   }
   pipeline.stage = pipeline.parity = 0;
   __syncthreads();
-  if (kCluster > 1) cluster_sync();
 
-  const int rank = blockIdx.x % kCluster;
+  const int part = blockIdx.x % p.parts;
   if (threadIdx.x < kWarpgroup) {
-    shrink_registers<kProducerRegisters>();
-    produce<gradient, kTokens, kCluster>(p, pipeline, rank);
+    shrink_registers<L::kProducerRegisters>();
+    produce<gradient, kTokens>(p, pipeline, part);
+    if (p.parts > 1) {  // a block of a cluster has one tile: these are the two of add_parts
+      cluster_sync();
+      cluster_sync();
+    }
   } else {
-    grow_registers<kConsumerRegisters>();
-    consume<gradient, kTokens, kCluster>(p, pipeline, rank);
+    grow_registers<L::kConsumerRegisters>();
+    consume<gradient, kTokens>(p, pipeline, part);
   }
-  if (kCluster > 1) cluster_sync();  // a block's shared memory stays until its neighbours have done with it
 #endif
 }
 
@@ -373,8 +392,9 @@ bool describe(CUtensorMap* map, const void* data, int64_t rows, int64_t columns,
 
 int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
 
-template <bool gradient, int kTokens, int kCluster>
-int launch(const ProductSm90& product, int processors, cudaStream_t stream) {
+template <bool gradient, int kTokens>
+int launch(const ProductSm90& product, int parts, int processors, cudaStream_t stream) {
+  using L = Layout<kTokens>;
   const Weight& w = product.weight;
   const int64_t features = gradient ? w.columns : w.rows, contraction = gradient ? w.rows : w.columns;
   Arguments p = {};
@@ -386,67 +406,71 @@ int launch(const ProductSm90& product, int processors, cudaStream_t stream) {
   p.rank = product.rank;
   p.features = (int)features;
   p.steps = (int)(contraction / kStep);
-  p.feature_tiles = (int)tiles(features, kFeatures * kCluster);
+  p.feature_tiles = (int)tiles(features, kFeatures);
   p.token_tiles = (int)tiles(product.tokens, kTokens);
   p.tiles = (int64_t)p.feature_tiles * p.token_tiles;
+  p.parts = parts;
 
   const Matrix codes = {CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, w.rows, int4::row_bytes(w.columns),
                         gradient ? kStep : kFeatures, (gradient ? kFeatures : kStep) / 2,
                         gradient ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B};
-  if (!describe(&p.codes, codes) || !describe(&p.in, product.in, product.tokens, contraction, kTokens / kCluster) ||
-      !describe(&p.out, product.out, product.tokens, features, kTokens)) {
+  if (!describe(&p.codes, codes) || !describe(&p.in, product.in, product.tokens, contraction, kTokens) ||
+      !describe(&p.out, product.out, product.tokens, features, kTokens / parts)) {
     return cudaErrorInvalidValue;
   }
-  if (p.rank && !describe(&p.low, product.low, product.tokens, p.rank, kTokens / kCluster)) {
-    return cudaErrorInvalidValue;
-  }
+  if (p.rank && !describe(&p.low, product.low, product.tokens, p.rank, kTokens)) return cudaErrorInvalidValue;
 
-  const auto kernel = product_kernel<gradient, kTokens, kCluster>;
-  constexpr int kBytes = Layout<kTokens>::kBytes;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const auto kernel = product_kernel<gradient, kTokens>;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kCluster;
+  cluster.val.clusterDim.x = parts;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  const int64_t clusters = p.tiles < processors / kCluster ? p.tiles : processors / kCluster;
+  const int64_t resident = (int64_t)processors * L::kResident;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)(clusters * kCluster));
+  config.gridDim = dim3((unsigned)(parts > 1 ? p.tiles * parts : p.tiles < resident ? p.tiles : resident));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kBytes;
+  config.dynamicSmemBytes = L::kBytes;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 
-template <bool gradient, int kTokens>
-int launch(const ProductSm90& product, int processors, int cluster, cudaStream_t stream) {
-  return cluster == 2 ? launch<gradient, kTokens, 2>(product, processors, stream)
-                      : launch<gradient, kTokens, 1>(product, processors, stream);
-}
+// How a product is cut: into tiles of that many tokens, and of the contraction into parts.
+struct Cut {
+  int tokens, parts;
+};
 
-int launch(const ProductSm90& product, int tokens, int cluster, int processors, cudaStream_t stream) {
+int launch(const ProductSm90& product, Cut cut, int processors, cudaStream_t stream) {
   const auto with_tokens = [&](auto gradient) {
-    switch (tokens) {
-      case 256: return launch<decltype(gradient)::value, 256>(product, processors, cluster, stream);
-      case 128: return launch<decltype(gradient)::value, 128>(product, processors, cluster, stream);
-      default: return launch<decltype(gradient)::value, 64>(product, processors, cluster, stream);
+    switch (cut.tokens) {
+      case 256: return launch<decltype(gradient)::value, 256>(product, cut.parts, processors, stream);
+      case 128: return launch<decltype(gradient)::value, 128>(product, cut.parts, processors, stream);
+      default: return launch<decltype(gradient)::value, 64>(product, cut.parts, processors, stream);
     }
   };
   return product.gradient ? with_tokens(std::true_type()) : with_tokens(std::false_type());
 }
 
-// The tile's tokens: the fewest rounds of tiles for their length, which small tiles spend in part on decoding.
-int choose_tokens(int64_t features, int64_t tokens, int processors) {
-  int best = 0;
+// The cut that takes the least time: rounds of tiles, in cycles of a step and of what comes after the steps.
+Cut choose_cut(int64_t features, int64_t tokens, int64_t contraction, int processors) {
+  constexpr struct { int tokens, resident, step, write, add; } kKinds[] = {
+      {256, 1, 1150, 2500, 5000}, {128, 1, 640, 1500, 3000}, {64, 2, 700, 1500, 2500}};
+  Cut best = {};
   int64_t least = 0;
-  for (const int candidate : {256, 128, 64}) {
-    const int64_t rounds = tiles(tiles(features, kFeatures) * tiles(tokens, candidate), processors);
-    const int64_t cost = rounds * (candidate + 16);
-    if (!best || cost < least) {
-      best = candidate;
-      least = cost;
+  for (const auto& kind : kKinds) {
+    for (int parts = 1; parts <= kMaxParts && parts * kLeastSlice <= kind.tokens; parts *= 2) {
+      const int64_t steps = tiles(contraction / kStep, parts);
+      if (parts > contraction / kStep) break;
+      const int64_t blocks = tiles(features, kFeatures) * tiles(tokens, kind.tokens) * parts;
+      const int64_t rounds = tiles(blocks, (int64_t)processors * kind.resident);
+      const int64_t cost = rounds * (steps * kind.step + kind.write + (parts > 1 ? kind.add : 0));
+      if (!best.tokens || cost < least) {
+        best = {kind.tokens, parts};
+        least = cost;
+      }
     }
   }
   return best;
@@ -489,8 +513,9 @@ int product_sm90(const ProductSm90& product, void* stream) {
   if (product.tokens == 0) return cudaSuccess;
   const Device device;
   const int64_t features = product.gradient ? product.weight.columns : product.weight.rows;
-  const int tokens = choose_tokens(features, product.tokens, device.processors);
-  return launch(product, tokens, 2, device.processors, (cudaStream_t)stream);
+  const int64_t contraction = product.gradient ? product.weight.rows : product.weight.columns;
+  const Cut cut = choose_cut(features, product.tokens, contraction, device.processors);
+  return launch(product, cut, device.processors, (cudaStream_t)stream);
 }
 
 }  // namespace entrenar

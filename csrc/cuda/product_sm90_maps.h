@@ -99,7 +99,12 @@ INT4_HD uint32_t spread_pair(uint32_t codes) {
 
 // A float16 scale is the sum of two bfloat16: its leading 8 bits, and the 3 that are left, low and high in a word.
 INT4_HD uint32_t split_scale(uint16_t half) {
+#if defined(__CUDA_ARCH__)
+  float s;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(s) : "h"(half));
+#else
   const float s = int4::half_to_float(half);
+#endif
   const uint32_t high = int4::float_bits(s) & 0xffff0000;
   // Zero takes the sign of s, that 0 * s may.
   const uint32_t low = int4::float_bits(s - int4::bits_float(high)) | (high & 0x80000000);
