@@ -103,15 +103,19 @@ struct ScaleReader {
     }
   }
 
-  // As memory holds them: nothing may wait for them here.
+  // The word of memory that holds them: nothing may wait for it here.
   __device__ uint32_t read(int step) const {
-    const uint16_t* const from = at + step * stride;
-    return two ? __ldg((const uint32_t*)from) : __ldg(from);
+    return __ldg((const uint32_t*)((uintptr_t)(at + step * stride) & ~(uintptr_t)3));
   }
-  __device__ uint32_t both(uint32_t read) const { return two ? read : read * 0x10001; }
+  __device__ uint32_t both(uint32_t word, int step) const {
+    const bool second = (uintptr_t)(at + step * stride) & 2;
+    return __byte_perm(word, 0, two ? 0x3210 : second ? 0x3232 : 0x1010);
+  }
 };
 
-constexpr int kAhead = 8;  // steps for which the producer holds scales in registers: the latency of memory
+// The producer reads scales a group of steps before they are used. A group's loads go out together: the hardware counts
+// them together, and waiting for one that was sent earlier would be waiting for all.
+constexpr int kGroupSteps = 8;
 
 template <bool gradient, int kTokens>
 __device__ void produce(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
@@ -128,13 +132,20 @@ __device__ void produce(const Arguments& p, Pipeline<kTokens> pipeline, int part
     const Tile place = tile_at(tile, p.feature_tiles, p.token_tiles);
     const int feature = place.features * kFeatures, token = place.tokens * kTokens;
     const ScaleReader<gradient> scales(p, feature, thread);
-    uint32_t ahead[kAhead];
+    uint32_t next[kGroupSteps];
+    const auto read = [&](int first) {
 #pragma unroll
-    for (int i = 0; i < kAhead; i++) ahead[i] = range.begin + i < range.end ? scales.read(range.begin + i) : 0;
+      for (int i = 0; i < kGroupSteps; i++) next[i] = first + i < range.end ? scales.read(first + i) : 0;
+    };
+    read(range.begin);
 
-    for (int first = range.begin; first < range.end; first += kAhead) {
+    for (int first = range.begin; first < range.end; first += kGroupSteps) {
+      uint32_t words[kGroupSteps];
 #pragma unroll
-      for (int i = 0; i < kAhead; i++) {
+      for (int i = 0; i < kGroupSteps; i++) words[i] = next[i];
+      read(first + kGroupSteps);
+#pragma unroll
+      for (int i = 0; i < kGroupSteps; i++) {
         const int step = first + i;
         if (step >= range.end) break;
         barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
@@ -148,8 +159,7 @@ __device__ void produce(const Arguments& p, Pipeline<kTokens> pipeline, int part
             load_tile(codes, &p.codes, step * (kStep / 2), feature, full);
           }
         }
-        write_scales<gradient>(pipeline.scales(), thread, scales.both(ahead[i]));
-        if (step + kAhead < range.end) ahead[i] = scales.read(step + kAhead);
+        write_scales<gradient>(pipeline.scales(), thread, scales.both(words[i], step));
         publish();
       }
     }
