@@ -17,21 +17,24 @@ using namespace hopper;
 
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;
-constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kFirstConsumer = kWarpgroup, kFirstScaler = kWarpgroup / 2;  // before them one thread copies tensors
+constexpr int kScalers = kFirstConsumer - kFirstScaler;
+constexpr int kThreads = kFirstConsumer + kConsumers * kWarpgroup;
 constexpr int kMaxRank = kStep;  // the last term is one more step
 constexpr int kMaxParts = 8;     // blocks of a cluster
 constexpr int kLeastSlice = 16;  // tokens of a part of a tile that store_matrices_transposed writes
 constexpr int kMaxShared = 227 * 1024, kProcessorShared = 228 * 1024, kReservedShared = 1024;
 
 static_assert(kConsumers * kWarpgroupFeatures == kFeatures, "");
-static_assert(kFeatures == kWarpgroup && 2 * kStep == kWarpgroup, "a producer's thread for each scale");
+static_assert(kScalers == kStep && kScales == 2 * kScalers, "a thread has two of a step's pairs of scales");
 
 struct Arguments {
   CUtensorMap in, codes, out, low;
   const uint16_t* scales;
   const float* bias;
   const uint16_t* factor;
-  int64_t blocks, tiles;  // blocks of a row
+  int64_t blocks;      // of a row
+  int64_t first, end;  // of the tiles
   int block, rank, features, steps, feature_tiles, token_tiles;
   int parts;  // of the contraction, each a block's of a cluster
 };
@@ -40,7 +43,9 @@ struct Arguments {
 template <int kTokens>
 struct Layout {
   static constexpr int kResident = kTokens == 64 ? 2 : 1;  // blocks of a multiprocessor, which hide each other's waits
-  static constexpr int kConsumerRegisters = kResident == 2 ? 96 : 232, kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = kResident == 2 ? 96 : 224;
+  static constexpr int kProducerRegisters = kResident == 2 ? 48 : 64;
+  static constexpr int kGroupSteps = kResident == 2 ? 2 : 4;  // as registers allow
   static constexpr int kIn = kTokens * kStep * 2;
   static constexpr int kStage = kIn + kCodesBytes + kScalesBytes;
   static constexpr int kWarpgroupOut = kTokens * kWarpgroupFeatures * 2;
@@ -80,95 +85,120 @@ struct Pipeline {
 // The steps of a part of the contraction.
 struct Range {
   int begin, end;
+  bool last;  // the last term is its
+
   __device__ Range(const Arguments& p, int part)
-      : begin((int)((int64_t)p.steps * part / p.parts)), end((int)((int64_t)p.steps * (part + 1) / p.parts)) {}
+      : begin((int)((int64_t)p.steps * part / p.parts)),
+        end((int)((int64_t)p.steps * (part + 1) / p.parts)),
+        last(p.rank && part == p.parts - 1) {}
 };
 
-// The scales of a tile for one producer's thread: in each step those of the 32-element groups of its row in the
-// forward, of two groups of features of its row in the gradient.
+template <bool gradient, int kTokens>
+__device__ void copy_tensors(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
+  using L = Layout<kTokens>;
+  const Range range(p, part);
+  for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
+    const Tile at = tile_at(tile, p.feature_tiles, p.token_tiles);
+    const int feature = at.features * kFeatures, token = at.tokens * kTokens;
+    for (int step = range.begin; step < range.end; step++) {
+      const uint32_t full = pipeline.full(), codes = shared_address(pipeline.codes());
+      barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
+      barrier_arrive_expect(full, L::kIn + kCodesBytes);
+      load_tile(shared_address(pipeline.in()), &p.in, step * kStep, token, full);
+      if (gradient) {
+        load_tile(codes, &p.codes, feature / 2, step * kStep, full);
+      } else {
+        load_tile(codes, &p.codes, step * (kStep / 2), feature, full);
+      }
+      pipeline.next();
+    }
+    if (range.last) {
+      barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
+      barrier_arrive_expect(pipeline.full(), L::kIn);
+      load_tile(shared_address(pipeline.in()), &p.low, 0, token, pipeline.full());
+      pipeline.next();
+    }
+  }
+}
+
+// The scales of a tile for one thread. In each step it has two pairs: in the forward those of the 32-element groups of
+// its row and of the row kScalers on; in the gradient those of the groups of features of its row.
 template <bool gradient>
 struct ScaleReader {
   const uint16_t* at;
-  int64_t stride;
-  bool two;
+  int stride, second;
+  bool two;  // or one scale for both of a pair
 
   __device__ ScaleReader(const Arguments& p, int feature, int thread) : two(p.block == int4::kGroup) {
+    const int blocks = (int)p.blocks;
     if (gradient) {
-      const int column = min(feature + thread / kStep * kWarpgroupFeatures, p.features - kWarpgroupFeatures);
-      at = p.scales + thread % kStep * p.blocks + (two ? column / int4::kGroup : column / kStep);
-      stride = kStep * p.blocks;
+      at = p.scales + thread * p.blocks + (two ? feature / int4::kGroup : feature / kStep);
+      stride = kStep * blocks;
+      second = two ? 2 : 1;
     } else {
-      at = p.scales + min(feature + thread, p.features - 1) * p.blocks;
+      at = p.scales + (feature + thread) * p.blocks;
       stride = two ? 2 : 1;
+      second = kScalers * blocks;
     }
+    if (feature + kWarpgroupFeatures >= p.features) second = 0;  // beyond the edge nothing is written
   }
 
-  // The word of memory that holds them: nothing may wait for it here.
-  __device__ uint32_t read(int step) const {
-    return __ldg((const uint32_t*)((uintptr_t)(at + step * stride) & ~(uintptr_t)3));
+  __device__ uintptr_t address(int step, int pair) const {
+    return (uintptr_t)(at + (int64_t)step * stride + pair * second);
   }
-  __device__ uint32_t both(uint32_t word, int step) const {
-    const bool second = (uintptr_t)(at + step * stride) & 2;
-    return __byte_perm(word, 0, two ? 0x3210 : second ? 0x3232 : 0x1010);
+  // The word of memory that holds them: nothing may wait for it here.
+  __device__ uint32_t read(int step, int pair) const {
+    return __ldg((const uint32_t*)(address(step, pair) & ~(uintptr_t)3));
+  }
+  __device__ uint32_t both(uint32_t word, int step, int pair) const {
+    return __byte_perm(word, 0, two ? 0x3210 : address(step, pair) & 2 ? 0x3232 : 0x1010);
   }
 };
 
-// The producer reads scales a group of steps before they are used. A group's loads go out together: the hardware counts
-// them together, and waiting for one that was sent earlier would be waiting for all.
-constexpr int kGroupSteps = 8;
-
+// Scales are read a group of steps before they are used. A group's loads go out together: the hardware counts them
+// together, and waiting for one that was sent earlier would be waiting for all.
 template <bool gradient, int kTokens>
-__device__ void produce(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
-  using L = Layout<kTokens>;
-  const int thread = threadIdx.x % kWarpgroup;
+__device__ void copy_scales(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
+  constexpr int kGroupSteps = Layout<kTokens>::kGroupSteps;
+  const int thread = threadIdx.x - kFirstScaler;
   const Range range(p, part);
-
   const auto publish = [&] {
     __syncwarp();
     if (thread % kWarp == 0) barrier_arrive(pipeline.full());
     pipeline.next();
   };
-  for (int64_t tile = blockIdx.x / p.parts; tile < p.tiles; tile += gridDim.x / p.parts) {
-    const Tile place = tile_at(tile, p.feature_tiles, p.token_tiles);
-    const int feature = place.features * kFeatures, token = place.tokens * kTokens;
+  for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
+    const int feature = tile_at(tile, p.feature_tiles, p.token_tiles).features * kFeatures;
     const ScaleReader<gradient> scales(p, feature, thread);
-    uint32_t next[kGroupSteps];
+    uint32_t next[kGroupSteps][2];
     const auto read = [&](int first) {
 #pragma unroll
-      for (int i = 0; i < kGroupSteps; i++) next[i] = first + i < range.end ? scales.read(first + i) : 0;
+      for (int i = 0; i < kGroupSteps; i++) {
+        for (int j = 0; j < 2; j++) next[i][j] = first + i < range.end ? scales.read(first + i, j) : 0;
+      }
     };
     read(range.begin);
 
     for (int first = range.begin; first < range.end; first += kGroupSteps) {
-      uint32_t words[kGroupSteps];
+      uint32_t words[kGroupSteps][2];
 #pragma unroll
-      for (int i = 0; i < kGroupSteps; i++) words[i] = next[i];
+      for (int i = 0; i < kGroupSteps; i++) {
+        for (int j = 0; j < 2; j++) words[i][j] = next[i][j];
+      }
       read(first + kGroupSteps);
 #pragma unroll
       for (int i = 0; i < kGroupSteps; i++) {
         const int step = first + i;
         if (step >= range.end) break;
         barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
-        if (thread == 0) {
-          const uint32_t full = pipeline.full(), codes = shared_address(pipeline.codes());
-          barrier_expect(full, L::kIn + kCodesBytes);
-          load_tile(shared_address(pipeline.in()), &p.in, step * kStep, token, full);
-          if (gradient) {
-            load_tile(codes, &p.codes, feature / 2, step * kStep, full);
-          } else {
-            load_tile(codes, &p.codes, step * (kStep / 2), feature, full);
-          }
+        for (int j = 0; j < 2; j++) {
+          write_scales<gradient>(pipeline.scales(), thread + j * kScalers, scales.both(words[i][j], step, j));
         }
-        write_scales<gradient>(pipeline.scales(), thread, scales.both(words[i], step));
         publish();
       }
     }
-    if (p.rank && range.end == p.steps) {
+    if (range.last) {
       barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
-      if (thread == 0) {
-        barrier_expect(pipeline.full(), L::kIn);
-        load_tile(shared_address(pipeline.in()), &p.low, 0, token, pipeline.full());
-      }
       publish();
     }
   }
@@ -217,7 +247,7 @@ template <int kTokens>
 __device__ void add_parts(const Arguments& p, float (&sums)[kTokens / 2], char* shared, int part) {
   constexpr int kChunks = kTokens / 8, kChunkBytes = kConsumers * kWarpgroup * 16;
   const int own = kChunks / p.parts;
-  const uint32_t at = shared_address(shared) + (threadIdx.x - kWarpgroup) * 16;
+  const uint32_t at = shared_address(shared) + (threadIdx.x - kFirstConsumer) * 16;
   consumers_sync<kConsumers * kWarpgroup>();
 #pragma unroll
   for (int i = 0; i < kChunks; i++) {
@@ -242,7 +272,7 @@ __device__ void add_parts(const Arguments& p, float (&sums)[kTokens / 2], char* 
 // The first of sums, those of slice tokens.
 template <bool gradient, int kTokens>
 __device__ void write(const Arguments& p, float (&sums)[kTokens / 2], char* out, int feature, int token, int slice) {
-  const int warpgroup = threadIdx.x / kWarpgroup - 1, warp = threadIdx.x % kWarpgroup / kWarp;
+  const int warpgroup = (threadIdx.x - kFirstConsumer) / kWarpgroup, warp = threadIdx.x % kWarpgroup / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (!gradient && p.bias) {
     for (int half = 0; half < 2; half++) {
@@ -278,13 +308,13 @@ __device__ void write(const Arguments& p, float (&sums)[kTokens / 2], char* out,
 template <bool gradient, int kTokens>
 __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
   using L = Layout<kTokens>;
-  const int thread = threadIdx.x - kWarpgroup, warpgroup = thread / kWarpgroup;
+  const int thread = threadIdx.x - kFirstConsumer, warpgroup = thread / kWarpgroup;
   char* const out = pipeline.shared + L::kStages * L::kStage + warpgroup * L::kWarpgroupOut;
   const Range range(p, part);
   float sums[kTokens / 2];
   Fragments a[2];
 
-  for (int64_t tile = blockIdx.x / p.parts; tile < p.tiles; tile += gridDim.x / p.parts) {
+  for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
     const Tile at = tile_at(tile, p.feature_tiles, p.token_tiles);
     const int feature = at.features * kFeatures + warpgroup * kWarpgroupFeatures;
     uint32_t used = 0;
@@ -307,7 +337,7 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
         decode<gradient>(a[0], pipeline.codes(), pipeline.scales(), thread, 0);
       }
     }
-    if (p.rank && range.end == p.steps) {
+    if (range.last) {
       Fragments factor[2];
       for (int i = 0; i < 4; i++) read_factor<gradient>(factor[i / 2][i % 2], p, feature, 16 * i);
       wgmma_wait<0>();
@@ -340,7 +370,7 @@ __global__ __launch_bounds__(kThreads, Layout<kTokens>::kResident) void product_
   pipeline.shared = shared_memory();
   if (threadIdx.x == 0) {
     for (int i = 0; i < L::kStages; i++) {
-      barrier_init(pipeline.full(), kWarpgroup / kWarp);
+      barrier_init(pipeline.full(), 1 + kScalers / kWarp);
       barrier_init(pipeline.empty(), kConsumers * kWarpgroup / kWarp);
       pipeline.next();
     }
@@ -350,16 +380,18 @@ __global__ __launch_bounds__(kThreads, Layout<kTokens>::kResident) void product_
   __syncthreads();
 
   const int part = blockIdx.x % p.parts;
-  if (threadIdx.x < kWarpgroup) {
-    shrink_registers<L::kProducerRegisters>();
-    produce<gradient, kTokens>(p, pipeline, part);
-    if (p.parts > 1) {  // a block of a cluster has one tile: these are the two of add_parts
-      cluster_sync();
-      cluster_sync();
-    }
-  } else {
+  if (threadIdx.x >= kFirstConsumer) {
     grow_registers<L::kConsumerRegisters>();
     consume<gradient, kTokens>(p, pipeline, part);
+    return;
+  }
+  shrink_registers<L::kProducerRegisters>();
+  if (threadIdx.x == 0) copy_tensors<gradient, kTokens>(p, pipeline, part);
+  if (threadIdx.x >= kFirstScaler) copy_scales<gradient, kTokens>(p, pipeline, part);
+  __syncwarp();
+  if (p.parts > 1) {  // a block of a cluster has one tile: these are the two of add_parts
+    cluster_sync();
+    cluster_sync();
   }
 #endif
 }
@@ -402,8 +434,14 @@ bool describe(CUtensorMap* map, const void* data, int64_t rows, int64_t columns,
 
 int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
 
+// Some of a product's tiles, of that many tokens, each by the blocks of a cluster that share out the contraction.
+struct Work {
+  int tokens, parts;
+  int64_t first, end;
+};
+
 template <bool gradient, int kTokens>
-int launch(const ProductSm90& product, int parts, int processors, cudaStream_t stream) {
+int launch(const ProductSm90& product, const Work& work, int processors, cudaStream_t stream) {
   using L = Layout<kTokens>;
   const Weight& w = product.weight;
   const int64_t features = gradient ? w.columns : w.rows, contraction = gradient ? w.rows : w.columns;
@@ -418,14 +456,15 @@ int launch(const ProductSm90& product, int parts, int processors, cudaStream_t s
   p.steps = (int)(contraction / kStep);
   p.feature_tiles = (int)tiles(features, kFeatures);
   p.token_tiles = (int)tiles(product.tokens, kTokens);
-  p.tiles = (int64_t)p.feature_tiles * p.token_tiles;
-  p.parts = parts;
+  p.first = work.first;
+  p.end = work.end;
+  p.parts = work.parts;
 
   const Matrix codes = {CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, w.rows, int4::row_bytes(w.columns),
                         gradient ? kStep : kFeatures, (gradient ? kFeatures : kStep) / 2,
                         gradient ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B};
   if (!describe(&p.codes, codes) || !describe(&p.in, product.in, product.tokens, contraction, kTokens) ||
-      !describe(&p.out, product.out, product.tokens, features, kTokens / parts)) {
+      !describe(&p.out, product.out, product.tokens, features, kTokens / p.parts)) {
     return cudaErrorInvalidValue;
   }
   if (p.rank && !describe(&p.low, product.low, product.tokens, p.rank, kTokens)) return cudaErrorInvalidValue;
@@ -435,11 +474,11 @@ int launch(const ProductSm90& product, int parts, int processors, cudaStream_t s
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = parts;
+  cluster.val.clusterDim.x = p.parts;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  const int64_t resident = (int64_t)processors * L::kResident;
+  const int64_t count = p.end - p.first, resident = (int64_t)processors * L::kResident;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)(parts > 1 ? p.tiles * parts : p.tiles < resident ? p.tiles : resident));
+  config.gridDim = dim3((unsigned)(p.parts > 1 ? count * p.parts : count < resident ? count : resident));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = L::kBytes;
   config.stream = stream;
@@ -448,37 +487,42 @@ int launch(const ProductSm90& product, int parts, int processors, cudaStream_t s
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 
-// How a product is cut: into tiles of that many tokens, and of the contraction into parts.
-struct Cut {
-  int tokens, parts;
-};
-
-int launch(const ProductSm90& product, Cut cut, int processors, cudaStream_t stream) {
+int launch(const ProductSm90& product, const Work& work, int processors, cudaStream_t stream) {
   const auto with_tokens = [&](auto gradient) {
-    switch (cut.tokens) {
-      case 256: return launch<decltype(gradient)::value, 256>(product, cut.parts, processors, stream);
-      case 128: return launch<decltype(gradient)::value, 128>(product, cut.parts, processors, stream);
-      default: return launch<decltype(gradient)::value, 64>(product, cut.parts, processors, stream);
+    switch (work.tokens) {
+      case 256: return launch<decltype(gradient)::value, 256>(product, work, processors, stream);
+      case 128: return launch<decltype(gradient)::value, 128>(product, work, processors, stream);
+      default: return launch<decltype(gradient)::value, 64>(product, work, processors, stream);
     }
   };
   return product.gradient ? with_tokens(std::true_type()) : with_tokens(std::false_type());
 }
 
-// The cut that takes the least time: rounds of tiles, in cycles of a step and of what comes after the steps.
-Cut choose_cut(int64_t features, int64_t tokens, int64_t contraction, int processors) {
-  constexpr struct { int tokens, resident, step, write, add; } kKinds[] = {
-      {256, 1, 1150, 2500, 5000}, {128, 1, 640, 1500, 3000}, {64, 2, 700, 1500, 2500}};
-  Cut best = {};
+// The whole product in one launch or two: rounds of whole tiles, and what is left, whose contraction is shared out so
+// that it too occupies all multiprocessors.
+struct Plan {
+  Work whole, shared;
+};
+
+// Takes the least time, in cycles of a step and of what comes after the steps.
+Plan choose(int64_t features, int64_t tokens, int64_t contraction, int processors) {
+  struct Kind {
+    int tokens, resident, step, write, add;
+  };
+  constexpr Kind kKinds[] = {{256, 1, 1150, 2500, 9000}, {128, 1, 640, 1500, 6000}, {64, 2, 700, 1500, 4500}};
+  const int64_t steps = contraction / kStep;
+  Plan best = {};
   int64_t least = 0;
-  for (const auto& kind : kKinds) {
-    for (int parts = 1; parts <= kMaxParts && parts * kLeastSlice <= kind.tokens; parts *= 2) {
-      const int64_t steps = tiles(contraction / kStep, parts);
-      if (parts > contraction / kStep) break;
-      const int64_t blocks = tiles(features, kFeatures) * tiles(tokens, kind.tokens) * parts;
-      const int64_t rounds = tiles(blocks, (int64_t)processors * kind.resident);
-      const int64_t cost = rounds * (steps * kind.step + kind.write + (parts > 1 ? kind.add : 0));
-      if (!best.tokens || cost < least) {
-        best = {kind.tokens, parts};
+  for (const Kind& kind : kKinds) {
+    const int64_t count = tiles(features, kFeatures) * tiles(tokens, kind.tokens);
+    const int64_t resident = (int64_t)processors * kind.resident, left = count % resident;
+    for (int parts = 1; parts <= kMaxParts && parts * kLeastSlice <= kind.tokens && parts <= steps; parts *= 2) {
+      const int64_t whole = parts == 1 ? count : count - left;
+      if (whole == count && parts > 1) break;
+      int64_t cost = tiles(whole, resident) * (steps * kind.step + kind.write);
+      if (parts > 1) cost += tiles(left * parts, resident) * (tiles(steps, parts) * kind.step + kind.write + kind.add);
+      if (!best.whole.tokens || cost < least) {
+        best = {{kind.tokens, 1, 0, whole}, {kind.tokens, parts, whole, count}};
         least = cost;
       }
     }
@@ -506,7 +550,7 @@ bool aligned(const void* pointer, int bytes) { return (uintptr_t)pointer % bytes
 bool product_sm90_takes(const ProductSm90& product) {
   using namespace sm90;
   const Weight& w = product.weight;
-  constexpr int64_t kMost = INT32_MAX - 1024;  // tiles at the edges reach beyond
+  constexpr int64_t kMost = INT32_MAX / 4;  // tiles at the edges reach beyond
   if (!w.codes || w.float32_scales || (w.block != 64 && w.block != 32)) return false;
   if (w.rows == 0 || w.rows % kStep || w.rows > kMost) return false;
   if (w.columns == 0 || w.columns % kStep || w.columns > kMost || product.tokens > kMost) return false;
@@ -524,8 +568,13 @@ int product_sm90(const ProductSm90& product, void* stream) {
   const Device device;
   const int64_t features = product.gradient ? product.weight.columns : product.weight.rows;
   const int64_t contraction = product.gradient ? product.weight.rows : product.weight.columns;
-  const Cut cut = choose_cut(features, product.tokens, contraction, device.processors);
-  return launch(product, cut, device.processors, (cudaStream_t)stream);
+  const Plan plan = choose(features, product.tokens, contraction, device.processors);
+  for (const Work& work : {plan.whole, plan.shared}) {
+    if (work.first == work.end) continue;
+    const int status = launch(product, work, device.processors, (cudaStream_t)stream);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace entrenar

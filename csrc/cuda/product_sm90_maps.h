@@ -41,6 +41,7 @@ INT4_HD int gradient_byte(int warp, int lane) { return 8 * warp + lane / 4; }
 // Gradient: for each 32 features and pair of rows {high, high, low, low} of the two.
 INT4_HD int forward_scales(int group, int row) { return group * kFeatures * 8 + row * 8; }
 INT4_HD int gradient_scales(int slot, int row) { return slot * kStep * 4 + row / 2 * 8 + row % 2 * 2; }
+constexpr int kScales = 2 * kStep;  // pairs of scales of a stage
 constexpr int kScalesBytes = 2 * kFeatures * 8;
 constexpr int kScalesLow = 4;
 
@@ -157,17 +158,17 @@ INT4_HD void decode(Fragments& a, const char* codes, const char* scales, int thr
   }
 }
 
-// The scales of two groups that thread of the producer's read.
+// A pair of scales, in memory those of two groups of a row.
 template <bool gradient>
-INT4_HD void write_scales(char* scales, int thread, uint32_t pair) {
+INT4_HD void write_scales(char* scales, int index, uint32_t pair) {
   for (int i = 0; i < 2; i++) {
     const uint32_t split = split_scale(pair >> 16 * i);
     if (gradient) {
-      uint16_t* const to = (uint16_t*)(scales + gradient_scales(2 * (thread / kStep) + i, thread % kStep));
+      uint16_t* const to = (uint16_t*)(scales + gradient_scales(2 * (index / kStep) + i, index % kStep));
       to[0] = split;
       to[kScalesLow / 2] = split >> 16;
     } else {
-      *(Scales*)(scales + forward_scales(i, thread)) = {(split & 0xffff) * 0x10001, (split >> 16) * 0x10001};
+      *(Scales*)(scales + forward_scales(i, index)) = {(split & 0xffff) * 0x10001, (split >> 16) * 0x10001};
     }
   }
 }
