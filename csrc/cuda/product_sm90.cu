@@ -338,14 +338,21 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
       }
     }
     if (range.last) {
-      Fragments factor[2];
-      for (int i = 0; i < 4; i++) read_factor<gradient>(factor[i / 2][i % 2], p, feature, 16 * i);
+      uint32_t factor[4][4];
+      for (int i = 0; i < 4; i++) {
+        if (16 * i < p.rank) read_factor<gradient>(factor[i], p, feature, 16 * i);
+      }
       wgmma_wait<0>();
       release(used);
       barrier_wait(pipeline.full(), pipeline.parity);
       const uint64_t in = wgmma_rows(shared_address(pipeline.in()));
-      multiply(sums, factor[0], in, true);
-      if (p.rank > kStep / 2) multiply(sums, factor[1], in + 2 * kWgmmaNext, true);
+      for (int i = 0; i < 4; i++) {
+        if (16 * i >= p.rank) break;
+        for (uint32_t& pair : factor[i]) pin(pair);
+        wgmma_fence();
+        wgmma(sums, factor[i], in + i * kWgmmaNext, true);
+        wgmma_commit();
+      }
       used = pipeline.empty();
       pipeline.next();
     }
