@@ -43,8 +43,9 @@ struct Arguments {
 template <int kTokens>
 struct Layout {
   static constexpr int kResident = kTokens == 64 ? 2 : 1;  // blocks of a multiprocessor, which hide each other's waits
-  static constexpr int kConsumerRegisters = kResident == 2 ? 96 : 224;
-  static constexpr int kProducerRegisters = kResident == 2 ? 48 : 64;
+  static constexpr int kLaunchRegisters = 65536 / (kResident * kThreads) / 8 * 8;  // of a thread, by eights
+  static constexpr int kConsumerRegisters = kResident == 2 ? 96 : 216;
+  static constexpr int kProducerRegisters = kResident == 2 ? 48 : 72;
   static constexpr int kGroupSteps = kResident == 2 ? 2 : 4;  // as registers allow
   static constexpr int kIn = kTokens * kStep * 2;
   static constexpr int kStage = kIn + kCodesBytes + kScalesBytes;
@@ -57,7 +58,8 @@ struct Layout {
   static constexpr int kBytes = kStages * kStage + kOut + kBarriers;
   static_assert(kStage % 1024 == 0, "the 128-byte swizzle repeats after 1024 bytes");
   static_assert(kStages * kStage >= kFeatures * kTokens * 4, "a part's sums lie where its stages were");
-  static_assert((kConsumers * kConsumerRegisters + kProducerRegisters) * kWarpgroup <= 65536 / kResident, "");
+  static_assert((kConsumers * kConsumerRegisters + kProducerRegisters) * kWarpgroup <= kLaunchRegisters * kThreads,
+                "a block has the registers that it was launched with: a warpgroup would wait for more for ever");
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
