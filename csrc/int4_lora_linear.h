@@ -69,6 +69,8 @@ std::vector<Layer> layers_of(const Tensor& x, const Tensors& codes, const Tensor
 
 std::tuple<Tensors, Tensors> forward(const Tensor& x, const Tensor& lora_x, const std::vector<Layer>& layers,
                                      std::optional<Tensor> bias, double scaling, bool int8) {
+  check_device(lora_x, x);
+  if (bias) check_device(*bias, x);
   const Tensor input = packed(x);
   Tensors us = project_down(packed(lora_x), layers, scaling), ys;
   int64_t begin = 0;

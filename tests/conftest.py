@@ -23,10 +23,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu(why): a test of what only the CPU does")
     if library := config.getoption("--emulated-cuda"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, that kernels are registered again
             torch.ops.load_library(library)
+
+
+def pytest_runtest_setup(item):
+    if item.config.getoption("--device") and (mark := item.get_closest_marker("cpu")):
+        pytest.skip(mark.args[0])
 
 
 def backends(config) -> list[str]:

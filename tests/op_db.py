@@ -73,9 +73,15 @@ def twin_params(twins: list[Twin], *dtypes: torch.dtype) -> list:
 
 def samples(twin: Twin, dtype: torch.dtype, limit: int = 40) -> list[SampleInput]:
     """Torch's sample inputs, with their gradients wanted; where there are more than `limit`, some from all parts."""
+    _skip_on_a_gpu()
     wanted = dtype.is_floating_point
     every = list(twin.info.sample_inputs("cpu", dtype, requires_grad=wanted))
     return every[:: math.ceil(len(every) / limit)]
+
+
+def _skip_on_a_gpu() -> None:
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("torch's own inputs are those for the CPU")
 
 
 def arguments(sample: SampleInput) -> tuple[tuple, dict[str, Any]]:
@@ -197,6 +203,7 @@ def check_errors(twin: Twin) -> None:
 
 def error_inputs(twin: Twin) -> list[ErrorInput]:
     """Torch's inputs that must raise, but those for `out=`, which our ops lack."""
+    _skip_on_a_gpu()
     info = twin.info
     errors = info.error_inputs("cpu") if info.error_inputs_func is not None else []
     return [error for error in errors if "out" not in error.sample_input.kwargs]

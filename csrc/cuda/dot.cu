@@ -1,4 +1,4 @@
-// y = x Wᵀ + bias for few rows of x.
+// y = x Wᵀ + bias, or y += x Wᵀ + bias, for few rows of x.
 //
 // A warp computes 16 rows of W by tensor cores: the codes q, exact in bfloat16, are the matrix of 16 rows, and rows of x
 // the matrix of 8 columns. The sum of q x over a block of codes is multiplied by the block's scale once, in float32. A
@@ -33,13 +33,14 @@ constexpr int bfloat16_parts(Dtype dtype) { return dtype == kFloat32 ? 3 : 1; }
 constexpr int blocks_at_once(int tiles) { return tiles <= 2 ? 2 : 1; }
 
 // Chunks that a lane has on the way: as many as the registers hold beside the sums.
-constexpr int chunks_ahead(int tiles) { return tiles == 2 ? 2 : 4; }
+constexpr int chunks_ahead(int tiles) { return tiles == 2 || tiles == 8 ? 2 : 4; }
 
 struct Dot {
   Weight w;
   Dtype dtype;
   const void* x;
   const float* bias;
+  bool add_to_y;
   void* y;
   int rows, parts, columns;  // of x; of an element, and the columns that parts of rows make
   int row_warps, k_warps;    // of a block: over W's rows and over its columns
@@ -310,9 +311,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, blocks_at_once(kTiles)) dot_ker
     }
     if (d.bias) sum += d.bias[n];
     if (d.dtype == kFloat32) {
-      ((float*)d.y)[m * d.w.rows + n] = sum;
+      float& y = ((float*)d.y)[m * d.w.rows + n];
+      y = d.add_to_y ? y + sum : sum;
     } else {
-      ((uint16_t*)d.y)[m * d.w.rows + n] = Float<kBFloat16>::narrow(sum);
+      uint16_t& y = ((uint16_t*)d.y)[m * d.w.rows + n];
+      y = Float<kBFloat16>::narrow(d.add_to_y ? int4::bfloat16_to_float(y) + sum : sum);
     }
   }
   if (d.split > 1) cluster_barrier();  // the others still read
@@ -378,13 +381,15 @@ bool int4_dot_takes(const Weight& w, Dtype dtype, int64_t rows) {
          (uintptr_t)w.scales % (w.float32_scales ? 4 : 2) == 0;
 }
 
-int int4_dot_cuda(const Weight& w, Dtype dtype, const void* x, int64_t rows, const float* bias, void* y, void* stream) {
+int int4_dot_cuda(const Weight& w, Dtype dtype, const void* x, int64_t rows, const float* bias, bool add_to_y, void* y,
+                  void* stream) {
   if (rows == 0 || w.rows == 0) return cudaSuccess;
   Dot d = {};
   d.w = w;
   d.dtype = dtype;
   d.x = x;
   d.bias = bias;
+  d.add_to_y = add_to_y;
   d.y = y;
   d.rows = (int)rows;
   d.parts = bfloat16_parts(dtype);

@@ -1,4 +1,4 @@
-// y = x Wᵀ + bias for few rows of x, bound by reading W's codes.
+// y = x Wᵀ + bias, or y += x Wᵀ + bias, for few rows of x, bound by reading W's codes.
 #pragma once
 
 #include "../weight.h"
@@ -11,6 +11,7 @@ bool int4_dot_takes(const Weight& w, Dtype dtype, int64_t rows);
 
 // x [rows, w.columns] and y [rows, w.rows] are contiguous and of float32 or bfloat16; bias [w.rows] may be null. Returns
 // cudaGetLastError().
-int int4_dot_cuda(const Weight& w, Dtype dtype, const void* x, int64_t rows, const float* bias, void* y, void* stream);
+int int4_dot_cuda(const Weight& w, Dtype dtype, const void* x, int64_t rows, const float* bias, bool add_to_y, void* y,
+                  void* stream);
 
 }  // namespace entrenar

@@ -124,22 +124,32 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// q s for the codes in the low nibbles of a word's bytes. 0x43u00000 is 128 + u.
+__device__ void decode(uint32_t nibbles, float scale, float (&values)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float biased = int4::bits_float(__byte_perm(nibbles, 0x43000000, 0x7044 | i << 8));
+    values[i] = (biased - (128 + int4::kZeroNibble)) * scale;
+  }
+}
+
 template <Dtype dtype, Dtype scale_dtype, int block, bool wide>
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const uint8_t* codes, const typename Float<scale_dtype>::Bits* scales, int64_t rows,
                       int64_t columns, typename Float<dtype>::Bits* out, int64_t stride) {
   using Unit = Unit<dtype>;
+  using Words = Pack<uint32_t, Unit::kBytes / 4>;
   constexpr int kUnits = kUnitsOf<wide>;
   const int64_t row_bytes = int4::row_bytes(columns), blocks = int4::blocks(columns, block);
 
   for (int64_t row = first_row(); row < rows; row += row_step()) {
-    typename Unit::Codes packed[kUnits];
+    Words packed[kUnits];
     typename Float<scale_dtype>::Bits s[kUnits];
 #pragma unroll
     for (int u = 0; u < kUnits; u++) {
       const Unit unit(u, kUnits);
       if (unit.byte >= row_bytes) break;
-      packed[u] = *(const typename Unit::Codes*)(codes + row * row_bytes + unit.byte);
+      packed[u] = *(const Words*)(codes + row * row_bytes + unit.byte);
       s[u] = scales[row * blocks + unit.column / block];
     }
 #pragma unroll
@@ -151,11 +161,11 @@ __global__ void __launch_bounds__(kThreads)
       for (int half = 0; half < 2; half++) {
         typename Unit::Elements run;
 #pragma unroll
-        for (int i = 0; i < Unit::kBytes; i++) {
-          // 2^23 + nibble, whose conversion to float32 is but its bits.
-          const float q = int4::bits_float(0x4b000000 | (packed[u].at[i] >> 4 * half & 15)) -
-                          (8388608.0f + int4::kZeroNibble);
-          run.at[i] = Float<dtype>::narrow(q * scale);
+        for (int w = 0; w < Unit::kBytes / 4; w++) {
+          float values[4];
+          decode(packed[u].at[w] >> 4 * half & 0x0f0f0f0f, scale, values);
+#pragma unroll
+          for (int i = 0; i < 4; i++) run.at[4 * w + i] = Float<dtype>::narrow(values[i]);
         }
         Unit::template store<wide>(run, out + row * stride, unit.column + half * int4::kGroupBytes, columns);
       }

@@ -24,6 +24,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, s
   const Weight w = weight_of(x, codes, scales, x.size(-1), block);
   dtype_of(x, "x");
   check_bias(bias, w.rows);
+  if (bias) check_device(*bias, x);
   const OnDevice device(x);
   Tensor y = empty_with_last(x, w.rows), flat = matrix(y);
   multiply(matrix(packed(x)), w, true, bias, flat);

@@ -42,21 +42,25 @@ void multiply_decoded(const Tensor& x, const Weight& w, bool transposed, const T
 }
 
 // Straight from the codes.
-void multiply_few(const Tensor& x, const Weight& w, const std::optional<Tensor>& bias, Tensor& y) {
-  check_aligned(w);
+void multiply_few(const Tensor& x, const Weight& w, const std::optional<Tensor>& bias, bool add_to_y, Tensor& y) {
   std::optional<Tensor> own;
   if (bias) own = packed(*bias);
   const OnDevice device(x);
   device.check(int4_dot_cuda(w, dtype_of(x, "x"), x.const_data_ptr(), rows_of(x),
-                             own ? own->const_data_ptr<float>() : nullptr, y.mutable_data_ptr(), device.stream()));
+                             own ? own->const_data_ptr<float>() : nullptr, add_to_y, y.mutable_data_ptr(),
+                             device.stream()));
+}
+
+bool are_few(const Tensor& x, const Weight& w, bool transposed) {
+  return transposed && int4_dot_takes(w, dtype_of(x, "x"), rows_of(x));
 }
 
 }  // namespace
 
 void multiply(const Tensor& x, const Weight& w, bool transposed, const std::optional<Tensor>& bias, Tensor& y) {
   if (y.numel() == 0) return;
-  if (transposed && int4_dot_takes(w, dtype_of(x, "x"), rows_of(x))) {
-    multiply_few(x, w, bias, y);
+  if (are_few(x, w, transposed)) {
+    multiply_few(x, w, bias, false, y);
   } else if (bias) {
     multiply_decoded(x, w, transposed, torch::stable::to(*bias, y.scalar_type()), 1.0, y);
   } else {
@@ -65,7 +69,12 @@ void multiply(const Tensor& x, const Weight& w, bool transposed, const std::opti
 }
 
 void multiply_add(const Tensor& x, const Weight& w, bool transposed, Tensor& y) {
-  if (y.numel() > 0) multiply_decoded(x, w, transposed, y, 1.0, y);
+  if (y.numel() == 0) return;
+  if (are_few(x, w, transposed)) {
+    multiply_few(x, w, std::nullopt, true, y);
+  } else {
+    multiply_decoded(x, w, transposed, y, 1.0, y);
+  }
 }
 
 }  // namespace entrenar

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 STEPS = {torch.float64: 1e-6, torch.float32: 1e-3}
 THRESHOLDS = {torch.float64: 1e-6, torch.float32: 0.2}
@@ -104,7 +105,7 @@ def compare(
     fn: Callable[..., Any], points: list[Tensor], eps: float, threshold: float, max_elements: int, directions: int
 ) -> GradientReport:
     """`check_gradient` without its checks of arguments, and without raising for a wrong gradient."""
-    objective = _Objective(fn)
+    objective = _Objective(fn, points)
     leaves = [point.clone().requires_grad_() for point in points]
     value = objective(leaves)
     if not value.requires_grad:
@@ -131,27 +132,31 @@ def compare(
 class _Objective:
     """A weighted sum of the elements of what a function returns, the same weights and random numbers every time."""
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
+    def __init__(self, fn: Callable[..., Any], points: list[Tensor]) -> None:
         self.fn = fn
         self.random_state = torch.get_rng_state()
+        self.devices, self.device_states = get_device_states(*points)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=self.devices):
             torch.set_rng_state(self.random_state)
+            set_device_states(self.devices, self.device_states)
             result = self.fn(*inputs)
         outputs = [y for y in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(y, Tensor)]
         outputs = [y for y in outputs if y.is_floating_point()]
         if not outputs:
             raise ValueError("the function returns no floating-point tensor")
-        total = sum(((y * _weights(y)).sum() for y in outputs), start=torch.zeros((), dtype=outputs[0].dtype))
+        total = sum(
+            ((y * _weights(y)).sum() for y in outputs), start=torch.zeros((), dtype=outputs[0].dtype, device="cpu")
+        )
         if not torch.isfinite(total.detach()):
             raise ValueError("the function's result is not finite at these inputs")
         return total
 
 
 def _weights(y: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (0.5 + torch.rand(y.shape, generator=generator, dtype=torch.float64)).to(y.dtype).to(y.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return (0.5 + torch.rand(y.shape, generator=generator, dtype=torch.float64, device="cpu")).to(y.dtype).to(y.device)
 
 
 class _Step:
@@ -189,14 +194,14 @@ def _directions(point: Tensor, max_elements: int, count: int) -> list[tuple[str,
         for flat in range(point.numel()):
             direction = torch.zeros_like(point, memory_format=torch.contiguous_format)
             direction.view(-1)[flat] = 1.0
-            index = [int(i) for i in torch.unravel_index(torch.tensor(flat), point.shape)]
+            index = [int(i) for i in torch.unravel_index(torch.tensor(flat, device="cpu"), point.shape)]
             found.append((str(index) if index else "", direction))
         return found
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for number in range(count):
         direction = torch.zeros_like(point, memory_format=torch.contiguous_format)
-        moved = torch.randint(point.numel(), (DIRECTION_ELEMENTS,), generator=generator)
+        moved = torch.randint(point.numel(), (DIRECTION_ELEMENTS,), generator=generator, device="cpu")
         # Few elements, so that hardly ever one of them steps over a kink.
-        direction.view(-1)[moved] = torch.randn(DIRECTION_ELEMENTS, generator=generator).to(point)
+        direction.view(-1)[moved] = torch.randn(DIRECTION_ELEMENTS, generator=generator, device="cpu").to(point)
         found.append((f" along random direction {number}", direction))
     return found

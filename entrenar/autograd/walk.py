@@ -15,7 +15,11 @@ Gradients: TypeAlias = dict[Edge, Tensor]
 
 
 def edge_of(tensor: Tensor) -> Edge:
-    """The edge at which the gradient of `tensor` arrives."""
+    """The edge at which the gradient of `tensor` arrives.
+
+    Where the tensor's node is a function written in Python, it can be walked from only as long as the tensor lives: the
+    edge does not own the node.
+    """
     edge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 

@@ -35,7 +35,7 @@ def read_bytes(path: Path, offset: int, size: int) -> Tensor:
     A plain read, not a memory map: the pages of a map count as the process's memory for as long as the map lives, so a
     mapped checkpoint ends up resident as a whole, and a file cut short under a map kills the process.
     """
-    raw = torch.empty(size, dtype=torch.uint8)
+    raw = torch.empty(size, dtype=torch.uint8, device="cpu")
     with path.open("rb") as file:
         file.seek(offset)
         got = file.readinto(raw.numpy().data)

@@ -85,7 +85,7 @@ class FusedAttention(nn.Module):
             past_key_values: a cache of transformers, to which keys and values are added.
         """
         q, k, v = (
-            x.unflatten(-1, (-1, self.head_dim))
+            x.view(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)
             for x in apply_together((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         )
         if self.q_norm is not None and self.k_norm is not None:

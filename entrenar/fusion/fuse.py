@@ -88,7 +88,7 @@ class _Probes:
     def __init__(self, model: nn.Module) -> None:
         adapters = {id(p) for m in model.modules() if isinstance(m, LoRALayer) for p in m.trainable_parameters()}
         floating = (p for p in model.parameters() if p.is_floating_point() and id(p) not in adapters)
-        first = next(floating, torch.empty(0))
+        first = next(floating, torch.empty(0, device="cpu"))
         self.dtype, self.device = first.dtype, first.device
         rotary = [m for m in model.modules() if "inv_freq" in m._buffers]
         self.rotary = rotary[0] if len(rotary) == 1 else None
@@ -96,7 +96,8 @@ class _Probes:
     def require_same(self, original: nn.Module, kind: Kind) -> None:
         """Raise NotFusableError where the fused module differs."""
         call: Call = self._attend if kind is FusedAttention else _apply
-        x = torch.randn(2, TOKENS, self._width(kind.of(original)), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator("cpu").manual_seed(0)
+        x = torch.randn(2, TOKENS, self._width(kind.of(original)), generator=generator, device="cpu")
         try:
             found = difference(original, kind.of, call, x.to(self.device, self.dtype))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:

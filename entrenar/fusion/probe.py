@@ -48,7 +48,7 @@ def _run(module: nn.Module, call: Call, x: Tensor) -> Results:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             y = call(module, x)
-            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+            dy = torch.randn(y.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(y)
             gradients = torch.autograd.grad(y, [x, *parameters.values()], dy, allow_unused=True)
     finally:
         for part, training in modes.items():

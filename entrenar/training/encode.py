@@ -58,7 +58,7 @@ def _encode_text(record: Record, tokenizer: Any, max_length: int) -> list[Exampl
     ids = tokenizer(record.text, verbose=False)["input_ids"]
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
-    windows = [torch.tensor(ids[start : start + max_length]) for start in range(0, len(ids), max_length)]
+    windows = [torch.tensor(ids[start : start + max_length], device="cpu") for start in range(0, len(ids), max_length)]
     return [Example(window, window.clone()) for window in windows if len(window) > 1]
 
 
@@ -80,7 +80,7 @@ def _encode_conversation(record: Record, tokenizer: Any) -> Example:
         raise DataError(f"{record.where}: the answer has no token to learn")
     first = [message["role"] for message in record.messages].index("assistant")
     question = record.messages[first - 1]["content"]
-    return Example(torch.tensor(ids[:length]), torch.tensor(labels[:length]), question)
+    return Example(torch.tensor(ids[:length], device="cpu"), torch.tensor(labels[:length], device="cpu"), question)
 
 
 def _render(record: Record, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 def prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
     """Return a prompt's token ids, int64 [T]: one user message in the chat template, or the bare text without one."""
     if tokenizer.chat_template is None:
-        return torch.tensor(tokenizer(prompt)["input_ids"])
+        return torch.tensor(tokenizer(prompt)["input_ids"], device="cpu")
     messages = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device="cpu")
 
 
 def generate(

@@ -130,6 +130,7 @@ def efficient_backward(
     d_o, q, k, v, bias, o, starts_q, starts_k, max_q, max_k, lse, dropout_p, seed, offset, mask, bias_grad, *, scale
 ):
     check_efficient(q, k, v, d_o, o)
+    assert o.is_contiguous()
     assert (bias, starts_q, starts_k, max_q, max_k) == (None, None, None, q.shape[1], k.shape[1])
     assert (dropout_p, bias_grad) == (0.0, False)
     rows = q.shape[1]

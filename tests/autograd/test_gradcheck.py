@@ -133,3 +133,10 @@ def test_what_has_no_gradient_is_refused(fn, inputs, message):
 def test_half_precision_is_refused():
     with pytest.raises(ValueError, match=r"float64 or float32, not torch\.bfloat16"):
         check_gradient(torch.sum, torch.ones(2), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("max_elements", [1000, 1])
+def test_does_not_depend_on_the_default_device(max_elements):
+    x = torch.randn(3, dtype=torch.float64)
+    with torch.device("meta"):
+        assert check_gradient(lambda x: torch.nn.functional.dropout(x, 0.5).exp(), x, max_elements=max_elements).ok

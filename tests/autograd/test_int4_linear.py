@@ -110,7 +110,7 @@ def test_a_column_does_not_depend_on_what_lies_beside_it(backend):
 
 def test_autocast_computes_in_its_dtype(packed):
     x = torch.randn(5, 80)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y, with_lora = int4_linear(x, *packed), int4_lora_linear(x, *packed, None, *lora(), 1.0)
     assert y.dtype == with_lora.dtype == torch.bfloat16
     assert torch.equal(y, int4_linear(x.bfloat16(), *packed))
@@ -246,6 +246,7 @@ def test_int8_rounds_half_to_even_and_keeps_what_is_not_finite(backend):
     assert not y[3].any()
 
 
+@pytest.mark.cpu("int8 activations are the CPU's")
 def test_int8_leaves_gradients_and_few_rows_exact(packed):
     A, B = lora()
     for rows in (2, 40):
@@ -257,6 +258,7 @@ def test_int8_leaves_gradients_and_few_rows_exact(packed):
             assert torch.equal(a, b)
 
 
+@pytest.mark.cpu("int8 activations are the CPU's")
 def test_int8_does_not_touch_the_adapters_part(packed):
     A, B = lora()
     x = torch.randn(40, 80)
@@ -264,6 +266,7 @@ def test_int8_does_not_touch_the_adapters_part(packed):
     torch.testing.assert_close(adapter[1] - adapter[0], 0.5 * x @ A.T @ B.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.cpu("int8 activations are the CPU's")
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(rows=st.integers(5, 200), outputs=st.integers(1, 80), columns=st.integers(1, 300))
 def test_int8_error_stays_within_half_a_step_of_every_element(rows, outputs, columns):

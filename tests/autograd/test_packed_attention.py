@@ -67,7 +67,7 @@ def test_a_token_sees_its_own_sequence(name, causal, dtype, backend):
 @settings(max_examples=40, deadline=None)
 def test_any_lengths(lengths, groups, shared, causal, dtype):
     torch.manual_seed(sum(lengths))
-    offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], device="cpu")
     args = arguments(sum(lengths), dtype, groups * shared, groups, 20, 12)
 
     def op(*args):
@@ -98,14 +98,14 @@ def test_equals_attention_of_each_sequence_and_the_reference(dtype, causal, back
 
 
 def test_a_leading_dimension_of_one_stays():
-    offsets = torch.tensor([0, 4, 9])
+    offsets = torch.tensor([0, 4, 9], device="cpu")
     args = arguments(9, torch.float32)
     y = packed_attention(*(x.unsqueeze(0) for x in args), offsets)
     assert torch.equal(y, packed_attention(*args, offsets).unsqueeze(0))
 
 
 def test_derivatives_are_those_of_finite_differences():
-    offsets = torch.tensor([0, 2, 2, 5])
+    offsets = torch.tensor([0, 2, 2, 5], device="cpu")
     args = arguments(5, torch.float64, columns=3, value_columns=2)
 
     def op(*args):
@@ -116,7 +116,7 @@ def test_derivatives_are_those_of_finite_differences():
 
 
 def test_second_derivative_through_the_kernel():
-    offsets = torch.tensor([0, 2, 2, 7])
+    offsets = torch.tensor([0, 2, 2, 7], device="cpu")
     args = arguments(7, torch.float32)
 
     def second(op, args):
@@ -146,15 +146,15 @@ def test_does_not_depend_on_threads(dtype, backend):
 
 
 def test_autocast_computes_in_its_dtype():
-    offsets = torch.tensor([0, 4, 9])
+    offsets = torch.tensor([0, 4, 9], device="cpu")
     args = arguments(9, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = packed_attention(*args, offsets)
     assert torch.equal(y, packed_attention(*(x.bfloat16() for x in args), offsets))
 
 
 def test_under_vmap():
-    offsets = torch.tensor([0, 4, 9])
+    offsets = torch.tensor([0, 4, 9], device="cpu")
     args = [torch.randn(3, 4, 9, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)]
     mapped = torch.func.vmap(lambda *args: packed_attention(*args, offsets))(*args)
     expected = [packed_attention(*(x[i] for x in args), offsets) for i in range(3)]
@@ -165,7 +165,7 @@ def test_under_vmap():
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_without_graph_breaks():
-    offsets = torch.tensor([0, 4, 9])
+    offsets = torch.tensor([0, 4, 9], device="cpu")
     args = arguments(9, torch.float32)
 
     def block(*args):
@@ -193,7 +193,7 @@ SHAPES = (2, 9, 8), (1, 9, 8), (1, 9, 8)
 )
 def test_shapes_that_do_not_match_are_refused(shapes, message):
     with pytest.raises(RuntimeError, match=message):
-        packed_attention(*map(torch.randn, shapes), torch.tensor([0, 9]))
+        packed_attention(*map(torch.randn, shapes), torch.tensor([0, 9], device="cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -216,7 +216,7 @@ def test_offsets_that_do_not_fit_are_refused(offsets, dtype):
 
 
 def test_bad_dtypes_are_refused():
-    offsets, x = torch.tensor([0, 9]), torch.ones(1, 9, 8)
+    offsets, x = torch.tensor([0, 9], device="cpu"), torch.ones(1, 9, 8)
     with pytest.raises(TypeError, match="floating-point"):
         packed_attention(x.long(), x.long(), x.long(), offsets)
     with pytest.raises(RuntimeError, match="one dtype"):

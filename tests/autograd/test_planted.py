@@ -61,17 +61,27 @@ CASES = {
     "RotaryEmbeddingFunction": (ops.rotary_embedding, [QKV[0], QKV[1][0, 0], QKV[2][0, 0]]),
     "SwiGLUFunction": (ops.swiglu, BOTH),
 }
-# The operators of our own, whose gradient torch keeps. Those with int4 weights are linear in each input: any step will
-# do, and float32 is what they have.
+# Operations with int4 weights are linear in each input: any step will do, and float32 is what they have.
 LINEAR = {"eps": 0.5, "threshold": 1e-3, "dtype": torch.float32}
 PACKED = ops.int4_quantize(torch.linspace(-1, 1, 40).view(4, 10))
+# The operators of our own, whose gradient torch keeps.
 KERNEL_CASES = {
-    "Int4LinearFunction": (lambda x: ops.int4_linear(x, *PACKED), torch.linspace(-1, 1, 20).view(2, 10), LINEAR),
     "Int4LinearDxFunction": (
         lambda dy: torch.ops.entrenar.int4_linear_dx(dy, *PACKED, 10, 64),
         torch.linspace(-1, 1, 8).view(2, 4),
         LINEAR,
     ),
+    "LinearCrossEntropyFunction": (
+        lambda x, w: ops.linear_cross_entropy(x, w, CLASSES),
+        [X, POSITIVE.repeat(2, 1)],
+        {},
+    ),
+}
+
+
+# The Functions that stand for a kernel alone, which knows no float64.
+FLOAT32_CASES = {
+    "Int4LinearFunction": (lambda x: ops.int4_linear(x, *PACKED), torch.linspace(-1, 1, 20).view(2, 10), LINEAR),
     "Int4LoRALinearFunction": (
         lambda x, a, b: ops.int4_lora_linear(x, *PACKED, None, a, b, 0.5),
         [
@@ -90,16 +100,6 @@ KERNEL_CASES = {
         ],
         LINEAR,
     ),
-    "LinearCrossEntropyFunction": (
-        lambda x, w: ops.linear_cross_entropy(x, w, CLASSES),
-        [X, POSITIVE.repeat(2, 1)],
-        {},
-    ),
-}
-
-
-# The Functions that stand for a kernel alone, which knows no float64.
-FLOAT32_CASES = {
     "PackedAttentionFunction": (
         lambda q, k, v: ops.packed_attention(q, k, v, torch.tensor([0, 1, 3])),
         QKV,

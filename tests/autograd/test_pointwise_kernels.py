@@ -236,11 +236,10 @@ def test_any_shape_and_strides(name, lead, columns, strides, dtype, seed):
     check(kernel, inputs, 32 if "norm_backward" in name else 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("kernel", PARAMS)
-def test_strides(kernel, strides, dtype, backend):
-    inputs = arguments(kernel, (2, 3, 5), 48, dtype)
+def test_strides(kernel, strides, backend):
+    inputs = arguments(kernel, (2, 3, 5), 48, torch.bfloat16)
     check(kernel, [restrided(x, strides) if x.shape == inputs[0].shape or kernel.even else x for x in inputs], 32)
 
 
@@ -262,7 +261,7 @@ def test_sums_over_many_rows(kernel, rows, backend):
 
 @pytest.mark.parametrize("kernel", PARAMS)
 def test_result_does_not_depend_on_threads(kernel, backend):
-    inputs = arguments(kernel, (5, 67), 602, torch.bfloat16)
+    inputs = arguments(kernel, (1 if backend == "emulated" else 5, 67), 602, torch.bfloat16)
     before = torch.get_num_threads()
     every = []
     for threads in (1, 2, 3):

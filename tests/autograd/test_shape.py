@@ -106,6 +106,7 @@ def test_every_index(index, shape):
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+@pytest.mark.cpu("on CUDA an assertion of torch's kernel fails")
 @pytest.mark.parametrize(
     "index", [5, (0, 0, 0, 0), (0, 0, 0, 0, ...), torch.tensor([4]), "a", 1.5, torch.tensor(1.5), (slice(None), MASK)]
 )

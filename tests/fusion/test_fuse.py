@@ -14,7 +14,9 @@ from entrenar import Tape, fuse, wrap
 from entrenar.fusion import FusedAttention, FusedMLP, FusedRMSNorm
 from entrenar.lora import LoRALayer
 
-IDS = torch.arange(3, 39).view(2, 18)
+
+def ids() -> torch.Tensor:
+    return torch.arange(3, 39).view(2, 18)
 
 
 def twins(family: str = "llama", dtype: torch.dtype = torch.float32, **settings):
@@ -31,7 +33,7 @@ def twins(family: str = "llama", dtype: torch.dtype = torch.float32, **settings)
 
 
 def loss_and_gradients(model: nn.Module, **inputs):
-    loss = model(IDS, labels=IDS, use_cache=False, **inputs).loss
+    loss = model(ids(), labels=ids(), use_cache=False, **inputs).loss
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
@@ -65,7 +67,7 @@ def test_adapter_gradients_agree_in_bfloat16():
 
 def test_padding_mask_reaches_the_attention():
     fused, plain, _ = twins()
-    mask = torch.ones_like(IDS)
+    mask = torch.ones_like(ids())
     mask[0, :5] = 0
     assert_same_training(fused, plain, attention_mask=mask)
 
@@ -87,22 +89,22 @@ def test_activation_checkpointing_changes_nothing(reentrant):
 
 def test_attention_dropout_applies_in_training_only():
     fused, plain, _ = twins(attention_dropout=0.5)
-    torch.testing.assert_close(fused(IDS).logits, plain(IDS).logits)
+    torch.testing.assert_close(fused(ids()).logits, plain(ids()).logits)
     fused.train()
-    assert not torch.allclose(fused(IDS).logits, plain(IDS).logits)
+    assert not torch.allclose(fused(ids()).logits, plain(ids()).logits)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
 def test_generates_the_same_tokens(cache):
     fused, plain, _ = twins()
     settings = {"max_new_tokens": 8, "do_sample": False, "use_cache": cache != "none"}
-    mask = torch.ones_like(IDS)
+    mask = torch.ones_like(ids())
     mask[0, :3] = 0
-    for attention_mask in (torch.ones_like(IDS), mask):
+    for attention_mask in (torch.ones_like(ids()), mask):
         tokens = []
         for model in (fused, plain):
             static = {"past_key_values": StaticCache(model.config, max_cache_len=40)} if cache == "static" else {}
-            tokens.append(model.generate(IDS, attention_mask=attention_mask, **settings, **static))
+            tokens.append(model.generate(ids(), attention_mask=attention_mask, **settings, **static))
         assert torch.equal(*tokens)
 
 
@@ -118,9 +120,9 @@ def test_state_dict_keeps_its_names_and_tensors():
 def test_copies_are_independent():
     fused, _, _ = twins()
     copied = copy.deepcopy(fused)
-    assert torch.equal(copied(IDS).logits, fused(IDS).logits)
+    assert torch.equal(copied(ids()).logits, fused(ids()).logits)
     nn.init.zeros_(copied.model.layers[0].self_attn.o_proj.lora_B)
-    assert not torch.equal(copied(IDS).logits, fused(IDS).logits)
+    assert not torch.equal(copied(ids()).logits, fused(ids()).logits)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -140,7 +142,7 @@ def test_decoder_layer_compiles_without_graph_breaks():
 def test_tape_sees_through_the_fused_modules():
     fused, _, _ = twins()
     with Tape() as tape:
-        loss = fused(IDS, labels=IDS, use_cache=False).loss
+        loss = fused(ids(), labels=ids(), use_cache=False).loss
     tape.backward(loss)
     found = {name: p.grad.clone() for name, p in fused.named_parameters() if p.requires_grad}
     fused.zero_grad()
@@ -184,6 +186,13 @@ def test_fusing_draws_no_random_numbers_and_leaves_gradients_and_modes_alone():
     assert all(module.training for module in model.modules())
 
 
+def test_fusing_does_not_depend_on_the_default_device():
+    model = make()
+    with torch.device("meta"):
+        report = fuse(model)
+    assert report.kept == {}
+
+
 def test_fusing_twice_finds_nothing_more():
     fused, _, _ = twins()
     again = fuse(fused)
@@ -192,13 +201,13 @@ def test_fusing_twice_finds_nothing_more():
 
 def test_gemma_keeps_what_it_computes_differently():
     model = make("gemma2")
-    before = model(IDS).logits
+    before = model(ids()).logits
     report = fuse(model)
     assert report.fused == {}
     reasons = " ".join(report.kept.values())
     assert "computes something else: its output differs" in reasons  # its norms scale by 1 + weight
     assert "GELUTanh, not SiLU" in reasons
-    assert torch.equal(model(IDS).logits, before)
+    assert torch.equal(model(ids()).logits, before)
     assert "fused: nothing" in str(report)
 
 
@@ -272,9 +281,9 @@ def test_attention_with_unknown_parts_stays(change, reason):
 def test_changed_scale_is_taken_over():
     model = make()
     sharp(model.model.layers[0].self_attn)
-    before = model(IDS).logits
+    before = model(ids()).logits
     assert fuse(model).kept == {}
-    torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(ids()).logits, before, rtol=1e-4, atol=1e-5)
 
 
 def test_model_without_a_rotary_embedding_keeps_its_attention():

@@ -53,7 +53,10 @@ def test_first_output_is_the_bases():
     x = torch.randn(5, 80)
     assert torch.equal(LoRALayer(linear, rank=4, alpha=8)(x), linear(x))
     layer = QLoRALayer(linear, rank=4, alpha=8)
-    assert torch.equal(layer(x), layer.base(x))
+    if x.is_cuda:  # where the bias, the adapter's part and the product are added in another order
+        torch.testing.assert_close(layer(x), layer.base(x))
+    else:
+        assert torch.equal(layer(x), layer.base(x))
 
 
 def test_adapter_starts_as_in_peft():
@@ -128,7 +131,7 @@ def test_chapters_constructor_takes_a_flat_weight():
 
 def test_autocast_casts_inside():
     layer = trained(QLoRALayer(torch.randn(24, 80), rank=4, alpha=8))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = layer(torch.randn(5, 80))
     assert y.dtype == torch.bfloat16
     assert layer.lora_A.dtype == torch.float32

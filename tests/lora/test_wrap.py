@@ -18,7 +18,8 @@ def llama(tie: bool = False) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-TOKENS = torch.arange(24).view(2, 12)
+def tokens() -> torch.Tensor:
+    return torch.arange(24).view(2, 12)
 
 
 def test_wrapped_model_equals_the_decoded_dense_one():
@@ -30,7 +31,7 @@ def test_wrapped_model_equals_the_decoded_dense_one():
         if isinstance(module, Int4Linear):
             dense.get_submodule(name.removesuffix(".base")).weight.data = module.dequantize()
     with torch.no_grad():
-        torch.testing.assert_close(model(TOKENS).logits, dense(TOKENS).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(tokens()).logits, dense(tokens()).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_adapter_gradients_equal_those_of_the_dense_decoded_model():
@@ -46,7 +47,7 @@ def test_adapter_gradients_equal_those_of_the_dense_decoded_model():
             linear.weight = nn.Parameter(module.dequantize(), requires_grad=False)
             dense.set_submodule(name, linear)
     for m in (model, dense):
-        m(TOKENS, labels=TOKENS).loss.backward()
+        m(tokens(), labels=tokens()).loss.backward()
     expected = {name: p.grad for name, p in dense.named_parameters() if p.requires_grad}
     actual = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert actual.keys() == expected.keys()
@@ -137,7 +138,7 @@ def test_an_encoder_works():
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=50)
     model = BertModel(config)
     wrap(model, targets=["query", "value"], rank=2)
-    model(TOKENS).last_hidden_state.sum().backward()
+    model(tokens()).last_hidden_state.sum().backward()
     assert model.encoder.layer[0].attention.self.query.lora_B.grad.abs().sum() > 0
 
 

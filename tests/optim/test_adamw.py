@@ -86,7 +86,7 @@ def test_a_step_does_not_depend_on_threads_nor_on_what_is_beside_it(backend):
     for threads in (1, 2, 3):
         generator = torch.Generator(torch.get_default_device()).manual_seed(1)
         shapes = [(3,), (200, 333), (5, 7), (1,)]
-        params = [torch.nn.Parameter(torch.randn(shape, generator=generator, device="cpu")) for shape in shapes]
+        params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
         torch.set_num_threads(threads)
         optimizer = AdamW(params[:: -1 if threads == 2 else 1])
         for param in params:

@@ -18,6 +18,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 STOP = 7
 
 
+@pytest.fixture(autouse=True)
+def no_default(device: None) -> None:
+    """Tensors are made where the code says, as in a program."""
+    torch.set_default_device(None)
+
+
 class KilledError(Exception):
     pass
 

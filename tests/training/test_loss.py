@@ -217,7 +217,7 @@ def test_in_bfloat16_the_loss_is_as_close_as_with_whole_logits(head: Any, autoca
         model = model.bfloat16()
     distances = []
     for f in (plain_loss, causal_lm_loss):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast):
             loss = f(model, input_ids, labels)
         assert loss.dtype == torch.float32
         gradients = torch.autograd.grad(loss, trained(model))

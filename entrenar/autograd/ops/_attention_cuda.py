@@ -74,7 +74,7 @@ def attention_backward(
     columns, unseen = q.shape[-1], k.shape[2] - key.shape[2]
     d_o, q, key, value, o = (_rows(x, width) for x in (d_o, q, key, value, o))
     if q.dtype is torch.float32:
-        dq, dk, dv = _efficient_backward(d_o, q, key, value, o, lse, scale, causal)
+        dq, dk, dv = _efficient_backward(d_o, q, key, value, o.contiguous(), lse, scale, causal)
     else:
         dq, dk, dv = _flash_backward(d_o, q, key, value, o, lse, offsets, scale, causal)
     if unseen:

@@ -26,3 +26,19 @@ class Function(torch.autograd.Function):
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+def is_transformed() -> bool:
+    """Whether torch.compile or torch.func sees the ops that are called now: it differentiates what is registered."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def below_autograd(op: Any, *args: Any) -> Any:
+    """The results of the op's kernel. A Function keeps the graph itself, and torch's part for that takes its time.
+
+    Where a gradient is to be differentiated again, that part has its turn.
+    """
+    if torch.is_grad_enabled():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)

@@ -41,7 +41,7 @@ def load_kernels() -> None:
 
 
 def _refuse_cuda() -> None:
-    """Make every operator that has a kernel on the CPU say, on CUDA, what its kernel there is missing for."""
+    """Make every operator that has a kernel on the CPU and none on CUDA say there what it is missing for."""
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError(
@@ -50,7 +50,10 @@ def _refuse_cuda() -> None:
         )
 
     for name in _defined:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"entrenar::{name}", "CPU"):
+        on_cpu, on_cuda = (
+            torch._C._dispatch_has_kernel_for_dispatch_key(f"entrenar::{name}", key) for key in ("CPU", "CUDA")
+        )
+        if on_cpu and not on_cuda:
             library.impl(name, refuse, "CUDA")
 
 

@@ -73,7 +73,7 @@ def scaled_dot_product_attention(
         attn_mask = torch.atleast_2d(attn_mask)
     if scale is None:
         scale = 1 / math.sqrt(max(query.shape[-1], 1))
-    seed = int(torch.randint(2**63 - 1, ())) if dropout_p > 0 else None
+    seed = int(torch.randint(2**63 - 1, (), device="cpu")) if dropout_p > 0 else None
     output, _ = AttentionFunction.apply(query, key, value, attn_mask, scale, dropout_p, seed, is_causal, enable_gqa)
     return output
 
@@ -272,7 +272,12 @@ class _Heads:
         enable_gqa: bool,
     ) -> None:
         shared = key.shape[-3] if enable_gqa else 1
-        query = query.unflatten(-3, (shared, query.shape[-3] // shared)) if enable_gqa else query.unsqueeze(-3)
+        # Not by unflatten, which torch.compile of 2.11 does not trace under a default device.
+        query = (
+            query.view(*query.shape[:-3], shared, query.shape[-3] // shared, *query.shape[-2:])
+            if enable_gqa
+            else query.unsqueeze(-3)
+        )
         self.lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-2], value.shape[:-2])
         self.groups, self.length = query.shape[-3], query.shape[-2]
         self.shape = (*self.lead[:-1], self.lead[-1] * self.groups) if enable_gqa else self.lead
@@ -296,9 +301,9 @@ class _Heads:
             stop = min(start + BLOCK, self.length)
             rows = slice(start, stop)
             if self.is_causal:
-                seen = min(stop, keys)
-                mask = torch.ones(stop - start, seen, dtype=torch.bool, device=self.q.device).tril(start)
-                yield _Block(rows, slice(0, seen), self._bias(mask))
+                end = min(stop, keys)
+                mask = torch.ones(stop - start, end, dtype=torch.bool, device=self.q.device).tril(start)
+                yield _Block(rows, slice(0, end), self._bias(mask))
             elif self.mask is None:
                 yield _Block(rows, slice(0, keys))
             else:
@@ -343,7 +348,7 @@ class _Heads:
 
     def split(self, x: Tensor) -> Tensor:
         """[N, G rows, C] as [N, G, rows, C]."""
-        return x.unflatten(1, (self.groups, x.shape[1] // self.groups))
+        return x.view(x.shape[0], self.groups, x.shape[1] // self.groups, x.shape[2])
 
     def _unstack(self, x: Tensor) -> Tensor:
         """[N, G rows, C] as [*shape, rows, C]."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
-from entrenar.autograd.ops._function import Function
+from entrenar.autograd.ops._function import Function, below_autograd, is_transformed
 from entrenar.autograd.ops._library import define
 from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4 import check_packed, int4_dequantize_reference
@@ -44,7 +44,8 @@ def int4_linear(
     """
     x = autocast(x)
     check_linear(x, codes, scales, bias, block)
-    return torch.ops.entrenar.int4_linear(x, codes, scales, wide_bias(bias), block, int8)
+    op = torch.ops.entrenar.int4_linear if is_transformed() else Int4LinearFunction.apply
+    return op(x, codes, scales, wide_bias(bias), block, int8)
 
 
 def int4_linear_reference(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, block: int) -> Tensor:
@@ -107,7 +108,7 @@ class Int4LinearFunction(Function):
     def forward(
         x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, block: int, int8: bool = False
     ) -> Tensor:
-        return torch.ops.entrenar.int4_linear(x, codes, scales, bias, block, int8)
+        return below_autograd(torch.ops.entrenar.int4_linear.default, x, codes, scales, bias, block, int8)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -118,7 +119,7 @@ class Int4LinearFunction(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         codes, scales = ctx.saved_tensors
-        dx = torch.ops.entrenar.int4_linear_dx(dy, codes, scales, ctx.in_features, ctx.block)
+        dx = below_autograd(torch.ops.entrenar.int4_linear_dx.default, dy, codes, scales, ctx.in_features, ctx.block)
         return dx, None, None, None, None, None
 
 

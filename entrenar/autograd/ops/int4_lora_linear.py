@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
-from entrenar.autograd.ops._function import Function
+from entrenar.autograd.ops._function import Function, below_autograd, is_transformed
 from entrenar.autograd.ops._library import define
 from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4_linear import check_linear, int4_linear_reference, wide_bias
@@ -58,9 +58,8 @@ def int4_lora_linear(
         lora_x = autocast(lora_x)
         if lora_x.shape != x.shape or lora_x.dtype != x.dtype:
             raise ValueError(f"lora_x is {tuple(lora_x.shape)} {lora_x.dtype}, and x {tuple(x.shape)} {x.dtype}")
-    y, _ = torch.ops.entrenar.int4_lora_linear(
-        x, codes, scales, wide_bias(bias), lora_A.float(), lora_B.float(), float(scaling), block, lora_x, int8
-    )
+    op = torch.ops.entrenar.int4_lora_linear if is_transformed() else Int4LoRALinearFunction.apply
+    y, _ = op(x, codes, scales, wide_bias(bias), lora_A.float(), lora_B.float(), float(scaling), block, lora_x, int8)
     return y
 
 
@@ -154,23 +153,28 @@ class Int4LoRALinearFunction(Function):
         lora_x: Tensor | None = None,
         int8: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.entrenar.int4_lora_linear(x, codes, scales, bias, lora_A, lora_B, scaling, block, lora_x, int8)
+        op = torch.ops.entrenar.int4_lora_linear.default
+        return below_autograd(op, x, codes, scales, bias, lora_A, lora_B, scaling, block, lora_x, int8)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         x, codes, scales, _, lora_A, lora_B, ctx.scaling, ctx.block, lora_x, _ = inputs
         _, u = output
         ctx.mark_non_differentiable(u)
+        ctx.set_materialize_grads(False)
         # With a lora_x of its own, nothing in the backward needs x itself.
         ctx.save_for_backward(x if lora_x is None else lora_x, codes, scales, lora_A, lora_B, u)
         ctx.apart = lora_x is not None
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, du: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, du: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, codes, scales, lora_A, lora_B, u = ctx.saved_tensors
         needs_dx = ctx.needs_input_grad[0]
-        dx, d_lora_x, dA, dB = torch.ops.entrenar.int4_lora_linear_backward(
-            dy, x, codes, scales, lora_A, lora_B, u, ctx.scaling, ctx.block, needs_dx, ctx.apart
+        op = torch.ops.entrenar.int4_lora_linear_backward.default
+        dx, d_lora_x, dA, dB = below_autograd(
+            op, dy, x, codes, scales, lora_A, lora_B, u, ctx.scaling, ctx.block, needs_dx, ctx.apart
         )
         return dx if needs_dx else None, None, None, None, dA, dB, None, None, d_lora_x if ctx.apart else None, None
 

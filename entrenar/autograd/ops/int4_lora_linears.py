@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
-from entrenar.autograd.ops._function import Function
+from entrenar.autograd.ops._function import Function, below_autograd, is_transformed
 from entrenar.autograd.ops._library import define
 from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4_linear import check_linear
@@ -47,18 +48,16 @@ def int4_lora_linears(
     for c, s, b, A, B in zip(codes, scales, bias, lora_A, lora_B, strict=True):
         check_linear(x, c, s, b, block)
         check_lora(x, c, A, B)
-    ys, _ = torch.ops.entrenar.int4_lora_linears(
-        x,
-        list(codes),
-        list(scales),
-        _joined(bias, codes),
-        [A.float() for A in lora_A],
-        [B.float() for B in lora_B],
-        float(scaling),
-        block,
-        int8,
-    )
-    return ys
+    lists = [*codes], [*scales], [A.float() for A in lora_A], [B.float() for B in lora_B]
+    joined = _joined(bias, codes)
+    if is_transformed():
+        codes, scales, lora_A, lora_B = lists
+        ys, _ = torch.ops.entrenar.int4_lora_linears(
+            x, codes, scales, joined, lora_A, lora_B, float(scaling), block, int8
+        )
+        return ys
+    results = Int4LoRALinearsFunction.apply(x, joined, float(scaling), block, int8, *itertools.chain(*lists))
+    return [*results[: len(codes)]]
 
 
 def _joined(bias: Sequence[Tensor | None], codes: Sequence[Tensor]) -> Tensor | None:
@@ -130,40 +129,65 @@ define(
 
 
 class Int4LoRALinearsFunction(Function):
-    """y_i = x W_iᵀ + b_i + u_i B_iᵀ with u_i = scaling x A_iᵀ, which are kept for dB_i."""
+    """y_i = x W_iᵀ + b_i + u_i B_iᵀ with u_i = scaling x A_iᵀ, which are kept for dB_i.
+
+    A Function takes no lists: its last arguments are all codes, all scales, all A, all B, its results all y, all u.
+    """
 
     @staticmethod
     def forward(
-        x: Tensor,
-        codes: list[Tensor],
-        scales: list[Tensor],
-        bias: Tensor | None,
-        lora_A: list[Tensor],
-        lora_B: list[Tensor],
-        scaling: float,
-        block: int,
-        int8: bool,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        return torch.ops.entrenar.int4_lora_linears(x, codes, scales, bias, lora_A, lora_B, scaling, block, int8)
+        x: Tensor, bias: Tensor | None, scaling: float, block: int, int8: bool, *layers: Tensor
+    ) -> tuple[Tensor, ...]:
+        codes, scales, lora_A, lora_B = _parts(layers, 4)
+        op = torch.ops.entrenar.int4_lora_linears.default
+        ys, us = below_autograd(op, x, codes, scales, bias, lora_A, lora_B, scaling, block, int8)
+        return *ys, *us
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) -> None:
-        x, codes, scales, _, lora_A, lora_B, ctx.scaling, ctx.block, _ = inputs
-        _, us = output
-        ctx.mark_non_differentiable(*us)
-        ctx.count = len(codes)
-        ctx.save_for_backward(x, *codes, *scales, *lora_A, *lora_B, *us)
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, _, ctx.scaling, ctx.block, _, *layers = inputs
+        _, us = _parts(output, 2)
+        _keep(ctx, x, layers, us)
 
     @staticmethod
-    def backward(ctx: Any, dys: list[Tensor], dus: list[Tensor]) -> tuple[Any, ...]:
-        x, *saved = ctx.saved_tensors
-        codes, scales, lora_A, lora_B, us = (saved[i : i + ctx.count] for i in range(0, 5 * ctx.count, ctx.count))
-        needs_dx = ctx.needs_input_grad[0]
-        dx, dA, dB = torch.ops.entrenar.int4_lora_linears_backward(
-            dys, x, codes, scales, lora_A, lora_B, us, ctx.scaling, ctx.block, needs_dx
-        )
-        frozen = [None] * ctx.count
-        return dx if needs_dx else None, frozen, frozen, None, dA, dB, None, None, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dys, _ = _parts(gradients, 2)
+        dx, dA, dB = _gradients(ctx, dys)
+        return dx, None, None, None, None, *[None] * (2 * len(dys)), *dA, *dB
+
+
+def _parts(values: Sequence[Any], count: int) -> list[list[Any]]:
+    """The values in `count` lists of one length."""
+    size = len(values) // count
+    return [[*values[i * size : (i + 1) * size]] for i in range(count)]
+
+
+def _keep(ctx: Any, x: Tensor, layers: Sequence[Tensor], us: Sequence[Tensor]) -> None:
+    ctx.mark_non_differentiable(*us)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, *layers, *us)
+
+
+def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    x, *saved = ctx.saved_tensors
+    codes, scales, lora_A, lora_B, us = _parts(saved, 5)
+    whole = [x.new_zeros(*x.shape[:-1], len(c)) if dy is None else dy for dy, c in zip(dys, codes, strict=True)]
+    needs_dx = ctx.needs_input_grad[0]
+    op = torch.ops.entrenar.int4_lora_linears_backward.default
+    dx, dA, dB = below_autograd(op, whole, x, codes, scales, lora_A, lora_B, us, ctx.scaling, ctx.block, needs_dx)
+    return dx if needs_dx else None, dA, dB
+
+
+def _setup_op_context(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) -> None:
+    x, codes, scales, _, lora_A, lora_B, ctx.scaling, ctx.block, _ = inputs
+    _keep(ctx, x, [*codes, *scales, *lora_A, *lora_B], output[1])
+
+
+def _op_backward(ctx: Any, dys: list[Tensor | None] | None, dus: None) -> tuple[Any, ...]:
+    count = (len(ctx.saved_tensors) - 1) // 5
+    dx, dA, dB = _gradients(ctx, dys or [None] * count)
+    frozen = [None] * count
+    return dx, frozen, frozen, None, dA, dB, None, None, None
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -174,7 +198,7 @@ def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Tensor | No
 
 torch.library.register_autograd(
     "entrenar::int4_lora_linears",
-    Int4LoRALinearsFunction.backward,
-    setup_context=Int4LoRALinearsFunction.setup_context,
+    _op_backward,
+    setup_context=_setup_op_context,
 )
 torch.library.register_autograd("entrenar::int4_lora_linears_backward", _refuse_second_derivative)

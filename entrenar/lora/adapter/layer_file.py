@@ -102,7 +102,7 @@ def _matrix(fields: dict[str, Any], name: str, rows: int, columns: int, path: Pa
         raise ValueError(f"{path}: {name} must be a flat list of numbers")
     if len(values) != rows * columns:
         raise ValueError(f"{path}: {name} has {len(values)} values; {rows} x {columns} = {rows * columns} are expected")
-    matrix = torch.tensor(values, dtype=torch.float64).float().view(rows, columns)
+    matrix = torch.tensor(values, dtype=torch.float64, device="cpu").float().view(rows, columns)
     if not matrix.isfinite().all():
         index = int((~matrix.isfinite()).flatten().nonzero()[0])
         raise ValueError(f"{path}: {name}[{index}] is {values[index]}, which float32 cannot hold")

@@ -55,9 +55,6 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
-inline int cudaGetDevice(int* device) { return *device = 0; }
-inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 9, cudaSuccess; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -265,11 +262,14 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 #undef assert
 #define assert(condition) ((condition) ? (void)0 : emulator::fail(#condition))
 
-enum { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = emulator::kSharedBytes, cudaSuccess; }
+inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : emulator::kSharedBytes;
+  return cudaSuccess;
+}
 
 template <class Kernel>
 int cudaFuncSetAttribute(Kernel, int, int) {
