@@ -5,7 +5,7 @@
 #include <cuda_bf16.h>
 
 #include "hopper.h"
-#include "product_sm90_maps.h"
+#include "product_sm90_pipeline.h"
 
 namespace entrenar {
 
@@ -14,19 +14,6 @@ namespace sm90 {
 namespace {
 
 using namespace hopper;
-
-constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 2;
-constexpr int kFirstConsumer = kWarpgroup, kFirstScaler = kWarpgroup / 2;  // before them one thread copies tensors
-constexpr int kScalers = kFirstConsumer - kFirstScaler;
-constexpr int kThreads = kFirstConsumer + kConsumers * kWarpgroup;
-constexpr int kMaxRank = kStep;  // the last term is one more step
-constexpr int kMaxParts = 8;     // blocks of a cluster
-constexpr int kLeastSlice = 16;  // tokens of a part of a tile that store_matrices_transposed writes
-constexpr int kMaxShared = 227 * 1024, kProcessorShared = 228 * 1024, kReservedShared = 1024;
-
-static_assert(kConsumers * kWarpgroupFeatures == kFeatures, "");
-static_assert(kScalers == kStep && kScales == 2 * kScalers, "a thread has two of a step's pairs of scales");
 
 struct Arguments {
   CUtensorMap in, codes, out, low;
@@ -39,72 +26,33 @@ struct Arguments {
   int parts;  // of the contraction, each a block's of a cluster
 };
 
-// Shared memory: stages of the pipeline, each of input, codes and scales; the output's tile; the barriers.
-template <int kTokens>
-struct Layout {
-  static constexpr int kResident = kTokens == 64 ? 2 : 1;  // blocks of a multiprocessor, which hide each other's waits
-  static constexpr int kLaunchRegisters = 65536 / (kResident * kThreads) / 8 * 8;  // of a thread, by eights
-  static constexpr int kConsumerRegisters = kResident == 2 ? 96 : 216;
-  static constexpr int kProducerRegisters = kResident == 2 ? 48 : 72;
-  static constexpr int kGroupSteps = kResident == 2 ? 2 : 4;  // as registers allow
-  static constexpr int kIn = kTokens * kStep * 2;
-  static constexpr int kStage = kIn + kCodesBytes + kScalesBytes;
-  static constexpr int kWarpgroupOut = kTokens * kWarpgroupFeatures * 2;
-  static constexpr int kOut = kConsumers * kWarpgroupOut;
-  static constexpr int kBarriers = 1024;
-  static constexpr int kMost = kResident == 2 ? kProcessorShared / 2 - kReservedShared : kMaxShared;
-  static constexpr int kFit = (kMost - kOut - kBarriers) / kStage;
-  static constexpr int kStages = kFit < 8 ? kFit : 8;
-  static constexpr int kBytes = kStages * kStage + kOut + kBarriers;
-  static_assert(kStage % 1024 == 0, "the 128-byte swizzle repeats after 1024 bytes");
-  static_assert(kStages * kStage >= kFeatures * kTokens * 4, "a part's sums lie where its stages were");
-  static_assert((kConsumers * kConsumerRegisters + kProducerRegisters) * kWarpgroup <= kLaunchRegisters * kThreads,
-                "a block has the registers that it was launched with: a warpgroup would wait for more for ever");
-};
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 template <int kTokens>
 struct Pipeline {
   char* shared;
-  int stage = 0, parity = 0;
+  Place place = {0, 0};
 
-  __device__ void next() {
-    if (++stage == Layout<kTokens>::kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-  __device__ char* in() const { return shared + stage * Layout<kTokens>::kStage; }
+  __device__ void next() { place = after<Layout<kTokens>::kStages>(place); }
+  __device__ char* in() const { return shared + place.stage * Layout<kTokens>::kStage; }
   __device__ char* codes() const { return in() + Layout<kTokens>::kIn; }
   __device__ char* scales() const { return codes() + kCodesBytes; }
   __device__ uint32_t full() const {
-    return shared_address(shared + Layout<kTokens>::kBytes - Layout<kTokens>::kBarriers) + stage * 16;
+    return shared_address(shared + Layout<kTokens>::kBytes - Layout<kTokens>::kBarriers) + place.stage * 16;
   }
   __device__ uint32_t empty() const { return full() + 8; }
-};
-
-// The steps of a part of the contraction.
-struct Range {
-  int begin, end;
-  bool last;  // the last term is its
-
-  __device__ Range(const Arguments& p, int part)
-      : begin((int)((int64_t)p.steps * part / p.parts)),
-        end((int)((int64_t)p.steps * (part + 1) / p.parts)),
-        last(p.rank && part == p.parts - 1) {}
 };
 
 template <bool gradient, int kTokens>
 __device__ void copy_tensors(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
   using L = Layout<kTokens>;
-  const Range range(p, part);
+  const Range range = range_of(p.steps, p.rank, part, p.parts);
   for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
     const Tile at = tile_at(tile, p.feature_tiles, p.token_tiles);
     const int feature = at.features * kFeatures, token = at.tokens * kTokens;
     for (int step = range.begin; step < range.end; step++) {
       const uint32_t full = pipeline.full(), codes = shared_address(pipeline.codes());
-      barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
+      barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
       barrier_arrive_expect(full, L::kIn + kCodesBytes);
       load_tile(shared_address(pipeline.in()), &p.in, step * kStep, token, full);
       if (gradient) {
@@ -115,7 +63,7 @@ __device__ void copy_tensors(const Arguments& p, Pipeline<kTokens> pipeline, int
       pipeline.next();
     }
     if (range.last) {
-      barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
+      barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
       barrier_arrive_expect(pipeline.full(), L::kIn);
       load_tile(shared_address(pipeline.in()), &p.low, 0, token, pipeline.full());
       pipeline.next();
@@ -163,7 +111,7 @@ template <bool gradient, int kTokens>
 __device__ void copy_scales(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
   constexpr int kGroupSteps = Layout<kTokens>::kGroupSteps;
   const int thread = threadIdx.x - kFirstScaler;
-  const Range range(p, part);
+  const Range range = range_of(p.steps, p.rank, part, p.parts);
   const auto publish = [&] {
     __syncwarp();
     if (thread % kWarp == 0) barrier_arrive(pipeline.full());
@@ -192,7 +140,7 @@ __device__ void copy_scales(const Arguments& p, Pipeline<kTokens> pipeline, int 
       for (int i = 0; i < kGroupSteps; i++) {
         const int step = first + i;
         if (step >= range.end) break;
-        barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
+        barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
         for (int j = 0; j < 2; j++) {
           write_scales<gradient>(pipeline.scales(), thread + j * kScalers, scales.both(words[i][j], step, j));
         }
@@ -200,7 +148,7 @@ __device__ void copy_scales(const Arguments& p, Pipeline<kTokens> pipeline, int 
       }
     }
     if (range.last) {
-      barrier_wait(pipeline.empty(), pipeline.parity ^ 1);
+      barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
       publish();
     }
   }
@@ -312,7 +260,7 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
   using L = Layout<kTokens>;
   const int thread = threadIdx.x - kFirstConsumer, warpgroup = thread / kWarpgroup;
   char* const out = pipeline.shared + L::kStages * L::kStage + warpgroup * L::kWarpgroupOut;
-  const Range range(p, part);
+  const Range range = range_of(p.steps, p.rank, part, p.parts);
   float sums[kTokens / 2];
   Fragments a[2];
 
@@ -321,7 +269,7 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
     const int feature = at.features * kFeatures + warpgroup * kWarpgroupFeatures;
     uint32_t used = 0;
 
-    barrier_wait(pipeline.full(), pipeline.parity);
+    barrier_wait(pipeline.full(), pipeline.place.parity);
     decode<gradient>(a[0], pipeline.codes(), pipeline.scales(), thread, 0);
     for (int step = range.begin; step < range.end; step++) {
       // While the tensor cores multiply by one half of the stage, the other is decoded.
@@ -335,7 +283,7 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
       used = pipeline.empty();
       pipeline.next();
       if (step + 1 < range.end) {
-        barrier_wait(pipeline.full(), pipeline.parity);
+        barrier_wait(pipeline.full(), pipeline.place.parity);
         decode<gradient>(a[0], pipeline.codes(), pipeline.scales(), thread, 0);
       }
     }
@@ -346,7 +294,7 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
       }
       wgmma_wait<0>();
       release(used);
-      barrier_wait(pipeline.full(), pipeline.parity);
+      barrier_wait(pipeline.full(), pipeline.place.parity);
       const uint64_t in = wgmma_rows(shared_address(pipeline.in()));
       for (int i = 0; i < 4; i++) {
         if (16 * i >= p.rank) break;
@@ -379,13 +327,13 @@ __global__ __launch_bounds__(kThreads, Layout<kTokens>::kResident) void product_
   pipeline.shared = shared_memory();
   if (threadIdx.x == 0) {
     for (int i = 0; i < L::kStages; i++) {
-      barrier_init(pipeline.full(), 1 + kScalers / kWarp);
-      barrier_init(pipeline.empty(), kConsumers * kWarpgroup / kWarp);
+      barrier_init(pipeline.full(), kFullArrivals);
+      barrier_init(pipeline.empty(), kEmptyArrivals);
       pipeline.next();
     }
     fence_barrier_init();
   }
-  pipeline.stage = pipeline.parity = 0;
+  pipeline.place = {0, 0};
   __syncthreads();
 
   const int part = blockIdx.x % p.parts;
@@ -441,14 +389,6 @@ bool describe(CUtensorMap* map, const void* data, int64_t rows, int64_t columns,
                         CU_TENSOR_MAP_SWIZZLE_128B});
 }
 
-int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
-
-// Some of a product's tiles, of that many tokens, each by the blocks of a cluster that share out the contraction.
-struct Work {
-  int tokens, parts;
-  int64_t first, end;
-};
-
 template <bool gradient, int kTokens>
 int launch(const ProductSm90& product, const Work& work, int processors, cudaStream_t stream) {
   using L = Layout<kTokens>;
@@ -485,9 +425,8 @@ int launch(const ProductSm90& product, const Work& work, int processors, cudaStr
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = p.parts;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  const int64_t count = p.end - p.first, resident = (int64_t)processors * L::kResident;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)(p.parts > 1 ? count * p.parts : count < resident ? count : resident));
+  config.gridDim = dim3((unsigned)blocks_of(work, (int64_t)processors * L::kResident));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = L::kBytes;
   config.stream = stream;
@@ -505,38 +444,6 @@ int launch(const ProductSm90& product, const Work& work, int processors, cudaStr
     }
   };
   return product.gradient ? with_tokens(std::true_type()) : with_tokens(std::false_type());
-}
-
-// The whole product in one launch or two: rounds of whole tiles, and what is left, whose contraction is shared out so
-// that it too occupies all multiprocessors.
-struct Plan {
-  Work whole, shared;
-};
-
-// Takes the least time, in cycles of a step and of what comes after the steps.
-Plan choose(int64_t features, int64_t tokens, int64_t contraction, int processors) {
-  struct Kind {
-    int tokens, resident, step, write, add;
-  };
-  constexpr Kind kKinds[] = {{256, 1, 1150, 2500, 9000}, {128, 1, 640, 1500, 6000}, {64, 2, 700, 1500, 4500}};
-  const int64_t steps = contraction / kStep;
-  Plan best = {};
-  int64_t least = 0;
-  for (const Kind& kind : kKinds) {
-    const int64_t count = tiles(features, kFeatures) * tiles(tokens, kind.tokens);
-    const int64_t resident = (int64_t)processors * kind.resident, left = count % resident;
-    for (int parts = 1; parts <= kMaxParts && parts * kLeastSlice <= kind.tokens && parts <= steps; parts *= 2) {
-      const int64_t whole = parts == 1 ? count : count - left;
-      if (whole == count && parts > 1) break;
-      int64_t cost = tiles(whole, resident) * (steps * kind.step + kind.write);
-      if (parts > 1) cost += tiles(left * parts, resident) * (tiles(steps, parts) * kind.step + kind.write + kind.add);
-      if (!best.whole.tokens || cost < least) {
-        best = {{kind.tokens, 1, 0, whole}, {kind.tokens, parts, whole, count}};
-        least = cost;
-      }
-    }
-  }
-  return best;
 }
 
 struct Device {
