@@ -6,6 +6,7 @@
 #include "device.h"
 #include "dot.h"
 #include "int4.h"
+#include "product_sm90.h"
 
 namespace entrenar {
 
@@ -55,13 +56,66 @@ bool are_few(const Tensor& x, const Weight& w, bool transposed) {
   return transposed && int4_dot_takes(w, dtype_of(x, "x"), rows_of(x));
 }
 
+// Where Hopper's own kernel, which decodes W on the way to the tensor cores, takes less time than decoding W first: from
+// so many rows of x on. Expected from the cycles in choose (product_sm90_pipeline.h), against the decoded way's times on an
+// H200: at 4096 x 4096 37.5, 101.8 and 187.5 us for 512, 2048 and 4096 rows, at 11008 x 4096 93.9, 275 and 519, and 15 to
+// 25 us more for a term at 4096 rows; the gradient's are within a tenth of those.
+constexpr int64_t kHopperRows = 65, kHopperGradientRows = 65, kHopperTermRows = 65, kHopperGradientTermRows = 65;
+
+bool pays_on_hopper(int64_t rows, bool transposed, bool with_term) {
+  if (with_term) return rows >= (transposed ? kHopperTermRows : kHopperGradientTermRows);
+  return rows >= (transposed ? kHopperRows : kHopperGradientRows);
+}
+
+bool is_for_hopper(const Tensor& x, const ProductSm90& product) {
+  if (x.scalar_type() != ScalarType::BFloat16) return false;
+  if (!pays_on_hopper(product.tokens, !product.gradient, product.rank > 0)) return false;
+  const OnDevice device(x);
+  return product_sm90_takes(product);
+}
+
+ProductSm90 hopper_product(const Tensor& x, const Weight& w, bool transposed, const Tensor& y) {
+  ProductSm90 product = {};
+  product.weight = w;
+  product.gradient = !transposed;
+  product.in = x.const_data_ptr();
+  product.out = y.mutable_data_ptr();
+  product.tokens = rows_of(x);
+  return product;
+}
+
 }  // namespace
 
-void multiply(const Tensor& x, const Weight& w, bool transposed, const std::optional<Tensor>& bias, Tensor& y) {
+bool takes_term(const Tensor& x, const Weight& w, bool transposed, const Tensor& low, const Tensor& y) {
+  ProductSm90 product = hopper_product(x, w, transposed, y);
+  product.rank = static_cast<int>(low.size(-1));
+  product.low = low.const_data_ptr();
+  return product.rank > 0 && is_for_hopper(x, product);
+}
+
+void multiply(const Tensor& x, const Weight& w, bool transposed, const std::optional<Tensor>& bias, Tensor& y,
+              const std::optional<Term>& term) {
   if (y.numel() == 0) return;
-  if (are_few(x, w, transposed)) {
+  if (!term && are_few(x, w, transposed)) {
     multiply_few(x, w, bias, false, y);
-  } else if (bias) {
+    return;
+  }
+  ProductSm90 product = hopper_product(x, w, transposed, y);
+  if (term) {
+    product.rank = static_cast<int>(term->low.size(-1));
+    product.low = term->low.const_data_ptr();
+    product.factor = term->factor.const_data_ptr();
+  }
+  if (is_for_hopper(x, product)) {
+    std::optional<Tensor> own;
+    if (bias) own = packed(*bias);
+    product.bias = own ? own->const_data_ptr<float>() : nullptr;
+    const OnDevice device(x);
+    device.check(product_sm90(product, device.stream()));
+    return;
+  }
+  STD_TORCH_CHECK(!term, "takes_term has not agreed to this term");
+  if (bias) {
     multiply_decoded(x, w, transposed, torch::stable::to(*bias, y.scalar_type()), 1.0, y);
   } else {
     multiply_decoded(x, w, transposed, y, 0.0, y);

@@ -457,6 +457,20 @@ struct Device {
   }
 };
 
+// Whether a kernel was compiled for sm_90a, where alone it is not empty, and is launched with the registers that its
+// warpgroups then share out.
+template <bool gradient, int kTokens>
+bool compiled() {
+  cudaFuncAttributes found;
+  return cudaFuncGetAttributes(&found, product_kernel<gradient, kTokens>) == cudaSuccess &&
+         found.numRegs == Layout<kTokens>::kLaunchRegisters;
+}
+
+template <int... kTokens>
+bool all_compiled() {
+  return ((compiled<false, kTokens>() && compiled<true, kTokens>()) && ...);
+}
+
 bool aligned(const void* pointer, int bytes) { return (uintptr_t)pointer % bytes == 0; }
 
 }  // namespace
@@ -475,7 +489,9 @@ bool product_sm90_takes(const ProductSm90& product) {
   if (product.rank % 8 || product.rank < 0 || product.rank > kMaxRank) return false;
   if (product.rank && (!aligned(product.low, 16) || !aligned(product.factor, 4))) return false;
   const Device device;
-  return device.major == 9 && device.minor == 0;
+  if (device.major != 9 || device.minor != 0) return false;
+  static const bool ready = all_compiled<64, 128, 256>();
+  return ready;
 }
 
 int product_sm90(const ProductSm90& product, void* stream) {
