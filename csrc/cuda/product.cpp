@@ -56,10 +56,10 @@ bool are_few(const Tensor& x, const Weight& w, bool transposed) {
   return transposed && int4_dot_takes(w, dtype_of(x, "x"), rows_of(x));
 }
 
-// Where Hopper's own kernel, which decodes W on the way to the tensor cores, takes less time than decoding W first: from
-// so many rows of x on. Expected from the cycles in choose (product_sm90_pipeline.h), against the decoded way's times on an
-// H200: at 4096 x 4096 37.5, 101.8 and 187.5 us for 512, 2048 and 4096 rows, at 11008 x 4096 93.9, 275 and 519, and 15 to
-// 25 us more for a term at 4096 rows; the gradient's are within a tenth of those.
+// From how many rows of x on Hopper's own kernel, which decodes W on the way to the tensor cores, is to take less time
+// than decoding W first. Expected from the cycles in choose (product_sm90_pipeline.h), against the decoded way's times on
+// an H200: for 512, 2048 and 4096 rows 37.5, 102 and 188 us at 4096 x 4096, and 94, 275 and 519 at 11008 x 4096; a term
+// takes 15 to 25 more at 4096 rows; the gradient is within a tenth of those.
 constexpr int64_t kHopperRows = 65, kHopperGradientRows = 65, kHopperTermRows = 65, kHopperGradientTermRows = 65;
 
 bool pays_on_hopper(int64_t rows, bool transposed, bool with_term) {

@@ -10,8 +10,8 @@ namespace entrenar {
 // x as the matrix of its last dimension.
 Tensor matrix(const Tensor& x);
 
-// A term that a product adds before it rounds: low op(factor), where op is that of W. low [rows of x, rank], and factor,
-// which lies as W does, are contiguous and of x's dtype.
+// A term that a product adds before it rounds: low op(factor), where op is that of W. low [rows of x, rank], and
+// factor, which lies as W does, are contiguous and of x's dtype.
 struct Term {
   Tensor low, factor;
 };

@@ -1,5 +1,5 @@
-// The warps of product_sm90.cu, simulated: whatever order they run in, none waits for ever, and each reads a stage while
-// it holds what that warp is to read.
+// The warps of product_sm90.cu, simulated: in whatever order they run, none waits for ever, and each reads a stage
+// while it holds what that warp is to read.
 #include "../../csrc/cuda/product_sm90_pipeline.h"
 
 #include <algorithm>
@@ -346,8 +346,8 @@ void test_plans() {
           const Plan plan = choose(features, tokens, contraction, processors);
           const Work &a = plan.whole, &b = plan.shared;
           const int64_t count = tiles(features, kFeatures) * tiles(tokens, a.tokens);
-          const bool right = a.tokens == b.tokens && a.parts == 1 && a.first == 0 && a.end == b.first && b.end == count &&
-                             b.parts <= kMaxParts && b.parts * kLeastSlice <= b.tokens &&
+          const bool right = a.tokens == b.tokens && a.parts == 1 && a.first == 0 && a.end == b.first &&
+                             b.end == count && b.parts <= kMaxParts && b.parts * kLeastSlice <= b.tokens &&
                              b.parts <= contraction / kStep && (b.parts > 1 || b.first == b.end);
           if (right) continue;
           std::printf("A plan is wrong: %d features, %d tokens, %d contracted\n", (int)features, (int)tokens,
