@@ -4,6 +4,6 @@ import subprocess
 import sys
 
 # Each in a process of its own: thread pools, caches and peak memory start afresh.
-for name in ("quantization_error", "quantize", "int4_linear", "layers", "attention", "ops", "training_step"):
+for name in ("quantization_error", "quantize", "int4_linear", "layers", "attention", "ops", "optimizers", "training_step"):
     print(f"\n== {name} ==", flush=True)
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

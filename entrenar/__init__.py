@@ -5,11 +5,12 @@ from entrenar.autograd.ops import cpu_level, int4_dequantize, int4_quantize, set
 from entrenar.checkpoint import CheckpointError, load_pretrained, load_tokenizer
 from entrenar.fusion import fuse
 from entrenar.lora import Int4Linear, LoRALayer, QLoRALayer, load_adapter, save_adapter, wrap
-from entrenar.optim import AdamW, CosineScheduler, clip_grad_norm
+from entrenar.optim import AdamW, AdamW8bit, CosineScheduler, clip_grad_norm
 from entrenar.training import causal_lm_loss
 
 __all__ = [
     "AdamW",
+    "AdamW8bit",
     "CheckpointError",
     "CosineScheduler",
     "GradientError",

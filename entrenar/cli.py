@@ -88,6 +88,7 @@ def _finetune(
         bool, typer.Option("--recompute", help="Compute activations anew in the backward: less memory, more time.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="Where to train: cuda (if there is one) or cpu.")] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit (small states) or lion.")] = DEFAULTS.optimizer,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
 ) -> None:
     """Train LoRA adapters on the 4-bit weights of a pretrained model."""
@@ -103,6 +104,7 @@ def _finetune(
         seed=seed,
         checkpoint_every=checkpoint_every,
         recompute=recompute,
+        optimizer=optimizer,
     )
     # The data comes first: a mistake in it shows before minutes go into loading a large model.
     tokenizer = load_tokenizer(model)

@@ -43,6 +43,11 @@ def test_digits():
     assert load("digits.py")["main"]() > 0.9
 
 
+def test_schedules(tmp_path):
+    load("schedules.py")["main"](str(tmp_path / "schedules.png"))
+    assert (tmp_path / "schedules.png").stat().st_size > 1000
+
+
 def test_tape(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     load("tape.py")["main"]()

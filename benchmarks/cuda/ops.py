@@ -118,7 +118,8 @@ def backward(op: Op, arguments: tuple[Any, ...], dy: Any) -> None:
 def measure(name: str, contenders: dict[str, Op], arguments: tuple[Any, ...], machine: Any) -> list[dict[str, Any]]:
     count = min(8, copies_beyond_cache(bytes_of(arguments)))
     inputs = [arguments, *(tuple(map(copied, arguments)) for _ in range(count - 1))]
-    y = contenders["torch"](*arguments)
+    with torch.no_grad():  # a graph that lives on would tie its leaves to another stream than that of the capture
+        y = contenders["torch"](*arguments)
     dy = tree_map(torch.randn_like, y)
     forward = bytes_of(arguments, y)
     # The forward's bytes once, dy and what the forward was given or made once more, and the gradients.

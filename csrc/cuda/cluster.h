@@ -5,8 +5,6 @@
 
 namespace entrenar {
 
-constexpr int kMostBlocksOfCluster = 8;
-
 // All threads of all blocks of the cluster arrive, and see what the others wrote before.
 static __device__ __forceinline__ void cluster_barrier() {
 #if defined(ENTRENAR_EMULATED)

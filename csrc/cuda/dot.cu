@@ -321,13 +321,14 @@ __global__ void __launch_bounds__(kWarps* kWarp, blocks_at_once(kTiles)) dot_ker
   if (d.split > 1) cluster_barrier();  // the others still read
 }
 
-// How the columns of W are shared out: over the warps of a block, or over the blocks of a cluster, whose warps then
-// share a part of x. It depends on W's columns, never on its rows: a row's sum is always taken in the same order.
+// How the columns of W are shared out: over the warps of a block and the blocks of a cluster, each of which stages its
+// part of x. It depends on W's columns, never on its rows: a row's sum is always taken in the same order.
 struct Plan {
   int k_warps, split;
 };
 
-constexpr int kColumnsToSplit = 5;  // from which on reading x weighs more than a cluster's barriers
+constexpr int kMostParts = 8;
+constexpr int kColumnsToSplit = 4;  // from which on, on an H200, two blocks that each stage half of x take less time
 
 Plan plan(const Dot& d) {
   int device, major;
@@ -335,8 +336,9 @@ Plan plan(const Dot& d) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   const int64_t chunks = (d.w.columns + kChunk - 1) / kChunk;
   int parts = 1;
-  while (parts < kMostBlocksOfCluster && 2 * parts <= chunks) parts *= 2;
-  return major >= 9 && d.columns >= kColumnsToSplit ? Plan{1, parts} : Plan{parts, 1};
+  while (parts < kMostParts && 2 * parts <= chunks) parts *= 2;
+  const int split = major >= 9 && d.columns >= kColumnsToSplit && parts > 1 ? 2 : 1;
+  return {parts / split, split};
 }
 
 constexpr int64_t kBlocksToFill = 128;  // about the multiprocessors of a large GPU

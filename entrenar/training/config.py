@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from entrenar.optim import AdamW, AdamW8bit, Lion
+
+OPTIMIZERS = {"adamw": AdamW, "adamw8bit": AdamW8bit, "lion": Lion}
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -15,7 +19,8 @@ class FinetuneConfig:
     first `warmup` (a share of the steps) and falls to a tenth of it along a cosine. `clip_norm` bounds the gradients'
     global norm, `checkpoint_every` counts steps, and `seed` decides the order of the data and the dropout. With
     `recompute` the activations within a decoder layer are computed anew in the backward: a fraction of the memory, for
-    about a third more time.
+    about a third more time. `optimizer` is "adamw", "adamw8bit", whose states take a quarter of the bytes, or "lion",
+    whose `lr` should be a third of AdamW's or less.
     """
 
     epochs: int = 1
@@ -29,6 +34,7 @@ class FinetuneConfig:
     seed: int = 0
     checkpoint_every: int = 50
     recompute: bool = False
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         """Check the numbers; raises ValueError naming the one that makes no sense."""
@@ -37,6 +43,8 @@ class FinetuneConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, not {self.max_steps}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be a positive number, not {self.lr}")
         if not 0 <= self.warmup < 1:

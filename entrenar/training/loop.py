@@ -14,11 +14,11 @@ from torch import nn
 
 from entrenar.lora.adapter import save_adapter
 from entrenar.lora.layers import LoRALayer
-from entrenar.optim.adamw import AdamW
+from entrenar.optim.base import KernelOptimizer
 from entrenar.optim.clip import clip_grad_norm
 from entrenar.optim.schedulers import CosineScheduler
 from entrenar.training.batches import Example, collate
-from entrenar.training.config import FinetuneConfig
+from entrenar.training.config import OPTIMIZERS, FinetuneConfig
 from entrenar.training.evaluate import heldout_loss, sample_answers
 from entrenar.training.interrupt import Interrupted, stop_between_steps
 from entrenar.training.loss import causal_lm_loss
@@ -78,7 +78,7 @@ def finetune(
     out.mkdir(parents=True, exist_ok=True)
     device = next(iter(parameters.values())).device
     torch.manual_seed(config.seed)
-    optimizer = AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = OPTIMIZERS[config.optimizer](parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
     plan = Plan(train, config)
     schedule = CosineScheduler(config.lr, config.lr / 10, plan.total_steps, int(config.warmup * plan.total_steps))
     identity = fingerprint(model, train, heldout, asdict(config))
@@ -162,7 +162,7 @@ def _check_folder(out: Path, resume: bool) -> None:
 
 def _train_step(
     model: nn.Module,
-    optimizer: AdamW,
+    optimizer: KernelOptimizer,
     parameters: dict[str, nn.Parameter],
     batches: Sequence[Sequence[Example]],
     clip_norm: float,

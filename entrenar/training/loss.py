@@ -13,8 +13,9 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from entrenar.autograd.ops.head_cross_entropy import head_cross_entropy
 from entrenar.training.batches import IGNORED
 
-# Models that were found to do something to the logits behind their head (capping, scaling).
+# What was found out about models: whether they do something to the logits behind their head (capping, scaling).
 _CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
+_KEEPS_LOGITS: WeakSet[nn.Module] = WeakSet()
 
 
 def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -26,28 +27,55 @@ def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = 
     the positions that predict a label, and only some of them at a time: the logits are never whole (see
     `head_cross_entropy`), unless the model changes them behind its head. Raises ValueError where no position predicts
     a label or shapes differ, TypeError for a model without an output head.
+
+    On CUDA a model's first loss waits for the device; later ones, without `labels`, do not, and can be captured in a
+    CUDA graph with their backward: that the model still leaves its logits as they are is then asserted on the device.
     """
-    labels = input_ids if labels is None else labels
-    if input_ids.dim() != 2 or labels.shape != input_ids.shape:
-        raise ValueError(
-            f"input_ids and labels must both be [batch, tokens], not {[*input_ids.shape]} and {[*labels.shape]}"
-        )
-    following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    rows = (following != IGNORED).nonzero().squeeze(1)
+    if input_ids.dim() != 2 or (labels is not None and labels.shape != input_ids.shape):
+        shapes = [[*ids.shape] for ids in (input_ids, labels) if ids is not None]
+        raise ValueError(f"input_ids and labels must both be [batch, tokens], not {' and '.join(map(str, shapes))}")
+    rows, targets = _predicting(input_ids) if labels is None else _labelled(labels)
     if not len(rows):
         raise ValueError("no position predicts a label: every label after the first token is -100")
-    head, targets = _head_of(model), following[rows]
+    head = _head_of(model)
     if model not in _CHANGES_LOGITS:
-        generators = torch.get_rng_state(), *get_device_states(input_ids)
-        hidden, classes = _hidden_states(model, head, input_ids)
-        if classes is not None:
-            return head_cross_entropy(head, hidden.flatten(0, 1)[rows], targets, classes)
+        first = model not in _KEEPS_LOGITS
+        generators = (torch.get_rng_state(), *get_device_states(input_ids)) if first else None
+        hidden, sent, logits = _hidden_states(model, head, input_ids)
+        if _unchanged(logits, sent, first):
+            _KEEPS_LOGITS.add(model)
+            return head_cross_entropy(head, hidden.flatten(0, 1)[rows], targets, sent.numel())
         _CHANGES_LOGITS.add(model)
+        _KEEPS_LOGITS.discard(model)
         # The forward was for nothing, and the next one must drop what a single one would have dropped.
-        torch.set_rng_state(generators[0])
-        set_device_states(*generators[1:])
+        if generators is not None:
+            torch.set_rng_state(generators[0])
+            set_device_states(*generators[1:])
     logits = _logits(model, head, input_ids, lambda hidden: hidden.flatten(0, 1)[rows]).squeeze(0)
     return head_cross_entropy(nn.Identity(), logits, targets, logits.shape[-1])
+
+
+def _predicting(input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """All positions but the last of each sequence, of the flattened ids, and the ids that follow them."""
+    batch, tokens = input_ids.shape
+    rows = torch.arange(batch * tokens, device=input_ids.device).view(batch, tokens)[:, :-1]
+    return rows.flatten(), input_ids[:, 1:].flatten()
+
+
+def _labelled(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions whose next token has a label, of the flattened labels, and these labels."""
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    rows = (following != IGNORED).nonzero().squeeze(1)
+    return rows, following[rows]
+
+
+def _unchanged(logits: Tensor, sent: Tensor, first: bool) -> bool:
+    """Whether a model returned the logits that a probe sent; asserted on the device for one that did so before."""
+    sent = sent.view(1, 1, -1).to(logits.dtype)
+    if logits.is_cuda and not first and logits.shape == sent.shape:
+        torch._assert_async((logits == sent).all(), "the model changes its logits now, and did not in its first loss")
+        return True
+    return torch.equal(logits, sent)
 
 
 def _head_of(model: nn.Module) -> nn.Module:
@@ -58,11 +86,11 @@ def _head_of(model: nn.Module) -> nn.Module:
     return head
 
 
-def _hidden_states(model: nn.Module, head: nn.Module, input_ids: Tensor) -> tuple[Tensor, int | None]:
-    """Run the model for its head's input [B, T, K]; and how many logits that gives, None if not the model's own.
+def _hidden_states(model: nn.Module, head: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the model for its head's input [B, T, K]; and the logits that a probe sent and that the model returned.
 
-    The head runs on one row, and a probe takes the place of its result: logits over a range beyond those of any model.
-    If the model returns them as they are, it does nothing to logits behind its head.
+    The head runs on one row, and the probe takes the place of its result: logits over a range beyond those of any
+    model. If the model returns them as they are, it does nothing to logits behind its head.
     """
     seen: list[Tensor] = []
 
@@ -76,8 +104,7 @@ def _hidden_states(model: nn.Module, head: nn.Module, input_ids: Tensor) -> tupl
 
     logits = _logits(model, head, input_ids, keep_all_pass_one, probe)
     hidden, sent = seen
-    unchanged = torch.equal(logits, sent.view(1, 1, -1).to(logits.dtype))
-    return hidden, sent.numel() if unchanged else None
+    return hidden, sent, logits
 
 
 def _logits(

@@ -28,7 +28,10 @@ def budgets(source: pathlib.Path) -> dict[str, dict[str, int]]:
     for part in report.split("Compiling entry function '")[1:]:
         name = run("c++filt", part.split("'")[0]).strip()
         name = (
-            name.replace("entrenar::(anonymous namespace)::", "").replace("(entrenar::Dtype)", "Dtype ").split("(")[0]
+            name.replace("entrenar::(anonymous namespace)::", "")
+            .replace("(entrenar::Dtype)", "Dtype ")
+            .replace("(entrenar::Rule)", "Rule ")
+            .split("(")[0]
         )
         found[name.removeprefix("void ")] = {
             "registers": number(r"Used (\d+) registers", part),

@@ -14,6 +14,7 @@ from cases import CASES
 from test_pointwise_kernels import KERNELS, SHAPES, arguments, restrided
 
 from entrenar.lora import QLoRALayer
+from entrenar.optim import SGD, AdamW, AdamW8bit, Lion
 
 SAMPLES = {"one", "few rows", "odd", "sixteen rows", "batch", "deep", "sliced", "no rows"}
 POINTWISE = {"one", "odd", "some vectors", "wide", "no rows"}
@@ -42,10 +43,13 @@ def call_pointwise_kernels() -> None:
                 kernel.call(*(restrided(x, "shifted") for x in given))
 
 
-def call_adamw() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        lists = [[torch.ones(size, dtype=dtype) for size in (1, 7, 4099, 0)] for _ in range(4)]
-        torch.ops.entrenar.adamw_(*lists, 1, 1e-3, 0.9, 0.999, 1e-8, 0.1)
+def call_optimizers() -> None:
+    for kind in (AdamW, AdamW8bit, Lion, SGD):
+        for dtype in (torch.float32, torch.bfloat16):
+            params = [torch.nn.Parameter(torch.randn(size, dtype=dtype)) for size in (1, 5, 4099, 70_001)]
+            for param in params:
+                param.grad = torch.randn_like(param)
+            kind(params, lr=1e-3, max_norm=1.0).step()
 
 
 def call_layers() -> None:
@@ -58,7 +62,7 @@ def call_layers() -> None:
 def main() -> None:
     torch.manual_seed(0)
     torch.set_default_device("cuda")
-    for part in (call_cases, call_pointwise_kernels, call_adamw, call_layers):
+    for part in (call_cases, call_pointwise_kernels, call_optimizers, call_layers):
         part()
         torch.cuda.synchronize()
         print(part.__name__, flush=True)

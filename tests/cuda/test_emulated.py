@@ -26,6 +26,9 @@ TESTS = [
     "tests/cuda/test_assertion.py",
     "tests/autograd/test_int4_linear.py",
     "tests/autograd/test_int4_lora_linears.py",
+    "tests/optim/test_codes.py",
+    "tests/optim/test_fused_clip.py",
+    "tests/optim/test_rules.py",
 ]
 
 

@@ -10,6 +10,7 @@ from run_tiny import CONFIG, make_run_model, records
 from tiny import add_adapters, make_model, make_tokenizer
 
 from entrenar.fusion import FusedAttention, FusedMLP, FusedRMSNorm
+from entrenar.optim import AdamW
 from entrenar.training import causal_lm_loss, encode, finetune, generate
 from entrenar.training.metrics import StepMetrics
 from entrenar.training.watcher import Nobody
@@ -76,3 +77,37 @@ def test_generates(tmp_path: Path) -> None:
     pieces: list[str] = []
     answer = generate(add_adapters(model, bits=4), tokenizer, "Count from 1 to 3.", 8, on_text=pieces.append)
     assert answer == "".join(pieces).strip()
+
+
+def test_a_step_in_a_cuda_graph_is_the_step_itself() -> None:
+    losses = []
+    for captured in (False, True):
+        model = add_adapters(make_model(dtype=torch.bfloat16).cuda(), bits=4).train()
+        optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, max_norm=1.0)
+        ids = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(0)).cuda()
+        loss = torch.zeros((), device="cuda")
+
+        def step(model=model, optimizer=optimizer, ids=ids, loss=loss) -> None:
+            found = causal_lm_loss(model, ids)
+            found.backward()
+            loss.copy_(found.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                step()
+        losses.append([])
+        for _ in range(5):
+            graph.replay() if captured else step()
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < losses[0][0]
+    # The backward of attention adds up in any order.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

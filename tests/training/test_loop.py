@@ -208,3 +208,15 @@ def test_a_model_that_cannot_recompute_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="Wrapper cannot recompute activations"):
         run(tmp_path, Wrapper(add_adapters(make_model())), recompute=True)
+
+
+@pytest.mark.parametrize(("name", "lr"), [("adamw8bit", 2e-2), ("lion", 5e-3)])
+def test_another_optimizer_learns_too(tmp_path: Path, name: str, lr: float) -> None:
+    report, _, _ = run(tmp_path / "run", epochs=6, lr=lr, optimizer=name)
+    assert report["config"]["optimizer"] == name
+    assert report["heldout_loss_after"] < 0.93 * report["heldout_loss_before"]
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="optimizer must be one of adamw, adamw8bit, lion, not 'adam8'"):
+        FinetuneConfig(optimizer="adam8")

@@ -152,6 +152,23 @@ def test_the_head_sees_one_row_and_then_the_positions_that_predict_a_label() -> 
     assert shapes == [(1, 1, 320), (1, rows, 320), (1, rows, 320)]
 
 
+def test_a_model_that_begins_to_change_its_logits_is_noticed() -> None:
+    model, (input_ids, labels) = make_model(), batch()
+    before = causal_lm_loss(model, input_ids, labels)
+    plain = model.forward
+
+    def forward(**kwargs: Any) -> Any:
+        output = plain(**kwargs)
+        output.logits = output.logits / 8
+        return output
+
+    model.forward = forward
+    loss = causal_lm_loss(model, input_ids, labels)
+    logits = model(input_ids=input_ids).logits[:, :-1]
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()))
+    assert loss != before
+
+
 def test_finding_out_that_logits_are_capped_draws_no_random_numbers() -> None:
     model, (input_ids, labels) = make_gemma(), batch()
     model.model.register_forward_pre_hook(lambda module, args: torch.rand(1) and None)

@@ -89,12 +89,6 @@ void sum_over_queries(const Meeting& at, const uint32_t* p, const uint32_t* x, i
   }
 }
 
-inline vint lane_numbers() {
-  vint numbers = {};
-  for (int i = 0; i < kLanes; i++) numbers[i] = i;
-  return numbers;
-}
-
 // -infinity for what is not seen: by the diagonal, and the key that fills up a last unit.
 template <bool kPairs>
 void mask(const Meeting& at, float* scores) {

@@ -59,6 +59,12 @@ inline void store_vector(Element<dtype>* to, vfloat value) {
   }
 }
 
+inline vint lane_numbers() {
+  vint numbers = {};
+  for (int i = 0; i < kLanes; i++) numbers[i] = i;
+  return numbers;
+}
+
 // The first `count` elements, and zeros in the other lanes.
 template <Dtype dtype>
 inline vfloat load_some(const Element<dtype>* from, int64_t count) {

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "../../adamw.h"
+#include "../../optim.h"
 #include "../../pointwise.h"
 #include "../../weight.h"
 #include "attention_block.h"
@@ -104,8 +104,9 @@ struct Kernels {
                            const void* y, void* dx);
   void (*rotary)(const Rotary* r, int64_t row_begin, int64_t row_end);
 
-  // Elements [begin, end) of a parameter.
-  void (*adamw)(const AdamWStep* step, Dtype dtype, const AdamWTensor* tensor, int64_t begin, int64_t end);
+  // Elements [begin, end) of a parameter; begin is a multiple of kCodeBlock.
+  void (*optim)(const OptimCall* call, const OptimStep* step, const OptimTensor* tensor, int64_t begin, int64_t end);
+  float (*square_sum)(Dtype dtype, const void* data, int64_t begin, int64_t end);
 };
 
 // Sums over rows are kept in whole vectors of every level.

@@ -1,28 +1,26 @@
 // The kernels of one level, compiled once for each instruction set.
 #include "activation.h"
-#include "adamw.h"
 #include "attention.h"
 #include "codec.h"
 #include "cross_entropy.h"
 #include "dot.h"
 #include "kernels.h"
 #include "norm.h"
+#include "optim_entry.h"
 #include "outer.h"
 #include "product.h"
 #include "rotary.h"
 #include "softmax.h"
 
-#define TABLE_OF(level) kernels_##level
-#define TABLE(level) TABLE_OF(level)
-
 namespace entrenar {
 
-const Kernels TABLE(LEVEL) = {
+const Kernels LEVELED(kernels) = {
     kBFloat16Units, quantize, dequantize, to_units, to_int8, product, product_scratch_bytes, dot,
     kMaxDotRows, pack_rows, pack_outer, outer,
     attention_tile_words, attention_pack, attention_scratch_bytes, attention_forward, attention_backward, attention_sum,
     cross_entropy,
-    binary, swiglu_backward, rms_norm, rms_norm_backward, layer_norm_backward, add_sums, softmax_backward, rotary, adamw,
+    binary, swiglu_backward, rms_norm, rms_norm_backward, layer_norm_backward, add_sums, softmax_backward, rotary,
+    LEVELED(optim), LEVELED(square_sum),
 };
 
 }  // namespace entrenar

@@ -200,14 +200,17 @@ def _width(q: Tensor, v: Tensor) -> int:
 
 
 def _rows(x: Tensor, width: int) -> Tensor:
-    """[B, H, T, C] as [B, T, H, width], in whole vectors."""
+    """[B, H, T, C] as [B, T, H, width], in whole vectors: the kernels look at strides of single elements too."""
     x = x.transpose(1, 2)
-    if x.shape[-1] < width:
-        return F.pad(x, (0, width - x.shape[-1])).contiguous()
-    steps = (stride * x.element_size() for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
+    columns = x.shape[-1]
+    if columns < width:
+        rows = x.new_zeros(*x.shape[:-1], width)
+        rows[..., :columns] = x
+        return rows
+    steps = (stride * x.element_size() for stride in x.stride()[:-1])
     if x.stride(-1) == 1 and x.data_ptr() % VECTOR_BYTES == 0 and all(step % VECTOR_BYTES == 0 for step in steps):
         return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
 
 
 def _heads(x: Tensor, columns: int) -> Tensor:

@@ -1,0 +1,350 @@
+"""What all optimizers share: settings and their checks, states, and the gathering of parameters into kernel calls."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from entrenar.autograd.ops._kernel import DEVICES, DTYPES, PLAIN
+from entrenar.autograd.ops._library import define
+from entrenar.optim.codes import BLOCK, ZERO_CODE, codebook, dequantize_blockwise, quantize_blockwise
+from entrenar.optim.exchange import from_bitsandbytes
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+LISTS = (
+    "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] absmaxes, Tensor(d!)[] steps, "
+    "Tensor[] codebooks, Tensor? factor, int? seed"
+)
+
+define("grad_norm(Tensor[] grads, float max_norm) -> Tensor", lambda grads, max_norm: grads[0].new_empty(2))
+
+
+def define_step(name: str, settings: str) -> None:
+    """Define the op of a rule: one step of many tensors, computed in float32 and rounded once.
+
+    All tensors are contiguous. `states` holds the first state of every parameter, then the second of every one:
+    in the dtype of the parameters, in float32, or as uint8 codes with their `absmaxes`, in the same order, and a
+    codebook for each state. `steps` (float32 scalars) count up. `factor` scales the gradients; if it is not finite,
+    nothing changes. With a `seed` bfloat16 parameters are rounded stochastically.
+    """
+
+    def fake(*arguments: Any) -> None:
+        return None
+
+    define(f"{name}({LISTS}, {settings}) -> ()", fake)
+
+
+class KernelOptimizer(Optimizer):
+    """The base of all optimizers here.
+
+    A subclass says which states a parameter has, how one step is computed in plain torch, and which op computes many.
+    """
+
+    STATES: ClassVar[tuple[str, ...]]  # names of the states that have the parameter's shape
+    SIGNED: ClassVar[tuple[bool, ...]]  # whether they have negative values
+    BITS: ClassVar[int] = 32  # of a state's element; 8 stands for codes
+
+    grad_norm: Tensor | None = None
+    max_norm: float | None = None
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        max_norm: float | None,
+        min_8bit_size: int | None = None,
+        amsgrad: bool = False,
+        differentiable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm must be greater than 0, and is {max_norm!r}")
+        _refuse({"amsgrad": amsgrad, "differentiable": differentiable})
+        if min_8bit_size is not None:
+            defaults["min_8bit_size"] = min_8bit_size
+        self.max_norm = max_norm
+        self._skipped: dict[torch.device, Tensor] = {}
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "max_norm": self.max_norm, "_skipped": self._skipped}
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out because a gradient, or the norm of all, was not finite."""
+        return sum(int(count.item()) for count in self._skipped.values())
+
+    @abstractmethod
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        """Raise ValueError for a setting out of range."""
+
+    @abstractmethod
+    def _update(self, group: dict[str, Any], param: Tensor, grad: Tensor, states: list[Tensor], step: int) -> None:
+        """Compute one step in plain torch, in place on `param` and `states`."""
+
+    @abstractmethod
+    def _step_op(self, group: dict[str, Any], lists: tuple[Any, ...]) -> None:
+        """Call the op of many steps with the arguments that all ops share, and the settings."""
+
+    def _states(self, group: dict[str, Any]) -> int:
+        """How many of STATES the parameters of a group have."""
+        return len(self.STATES)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group after checking its settings and parameters, as `torch.optim.Optimizer.add_param_group`."""
+        self._check_settings({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for i, param in enumerate(self.param_groups[-1]["params"]):
+            if not param.is_floating_point():
+                del self.param_groups[-1]
+                raise TypeError(
+                    f"{type(self).__name__} trains real floating-point tensors; parameter {i} of the group is "
+                    f"{param.dtype}"
+                )
+
+    def set_lr(self, lr: float) -> None:
+        """Sets the learning rate of every group; a scheduler's `get_lr(step)` goes here, before `step()`."""
+        for group in self.param_groups:
+            self._check_settings({**group, "lr": lr})
+        for group in self.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates every parameter that has a gradient; returns what `closure`, which recomputes the loss, returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_sparse_gradients()
+        factors = self._factors()
+        for group in self.param_groups:
+            self._step_group(group, factors)
+        return loss
+
+    def _step_group(self, group: dict[str, Any], factors: dict[torch.device, Tensor]) -> None:
+        names, bits = self.STATES[: self._states(group)], self.BITS
+        together: dict[Any, list[tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(list)
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            state = self.state[param]
+            if not state:
+                self._start(group, param, state)
+            dtype = state[names[0]].dtype if names else None
+            together[param.device, param.dtype, dtype, type(param), type(grad)].append((param, grad, state))
+        seed = group["seed"] if group["stochastic_rounding"] else None
+        for (device, dtype, state_dtype, *types), rows in together.items():
+            factor = factors.get(device)
+            params = [row[0] for row in rows]
+            states = [row[2] for row in rows]
+            if dtype not in DTYPES or not PLAIN.issuperset(types) or device.type not in DEVICES:
+                if factor is None or bool(factor.isfinite()):
+                    for param, grad, state in rows:
+                        self._step_in_torch(group, param, grad if factor is None else grad * factor, state)
+                continue
+            codes = bits == 8 and state_dtype is torch.uint8
+            contiguous = [param.contiguous() for param in params]
+            lists = (
+                contiguous,
+                [row[1].contiguous() for row in rows],
+                [state[name] for name in names for state in states],
+                [state[name + "_absmax"] for name in names for state in states] if codes else [],
+                [state["step"] for state in states],
+                [codebook(signed, device) for signed in self.SIGNED[: len(names)]] if codes else [],
+                factor,
+                seed,
+            )
+            self._step_op(group, lists)
+            for param, copy in zip(params, contiguous, strict=True):
+                if copy is not param:
+                    param.copy_(copy)
+
+    def _step_in_torch(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+        if group["stochastic_rounding"] and param.dtype is torch.bfloat16:
+            raise RuntimeError(f"stochastic rounding needs the compiled kernels, which {param.device} does not have")
+        state["step"] += 1
+        names = self.STATES[: self._states(group)]
+        grad = -grad if group["maximize"] else grad
+        signs = dict(zip(self.STATES, self.SIGNED, strict=True))
+        states = [
+            dequantize_blockwise(state[name], state[name + "_absmax"], signs[name])
+            if state[name].dtype is torch.uint8
+            else state[name]
+            for name in names
+        ]
+        if all(each.dtype is param.dtype for each in states):
+            self._update(group, param, grad, states, int(state["step"]))
+        else:
+            wide = param.to(states[0].dtype)
+            self._update(group, wide, grad.to(wide.dtype), states, int(state["step"]))
+            param.copy_(wide)
+        for name, values in zip(names, states, strict=True):
+            if state[name].dtype is torch.uint8:
+                codes, absmax = quantize_blockwise(values, signs[name])
+                state[name].copy_(codes)
+                state[name + "_absmax"].copy_(absmax)
+
+    def _start(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        codes = self.BITS == 8 and param.numel() >= group["min_8bit_size"]
+        wide = group["stochastic_rounding"] and param.dtype is torch.bfloat16
+        for name, signed in list(zip(self.STATES, self.SIGNED, strict=True))[: self._states(group)]:
+            if codes:
+                state[name] = torch.full(
+                    param.shape, ZERO_CODE if signed else 0, dtype=torch.uint8, device=param.device
+                )
+                blocks = -(-param.numel() // BLOCK)
+                state[name + "_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
+            else:
+                dtype = torch.float32 if wide or (self.BITS == 8 and param.dtype in DTYPES) else param.dtype
+                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
+
+    def _factors(self) -> dict[torch.device, Tensor]:
+        """By device, what the gradients are multiplied by; NaN where the step must be left out."""
+        limit = self.max_norm
+        if limit is None:
+            if self.BITS == 32:
+                return {}
+            limit = math.inf
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not grads:
+            return {}
+        norm_and_factor = global_norm(grads, limit)
+        self.grad_norm, factor = norm_and_factor[0], norm_and_factor[1]
+        factors = {device: factor.to(device) for device in dict.fromkeys(grad.device for grad in grads)}
+        skip = factor.isnan()
+        if factor.is_cpu and skip:
+            warnings.warn(f"a step was left out: {self._culprit()}", RuntimeWarning, stacklevel=4)
+        counts = self._skipped
+        if factor.device not in counts:
+            counts[factor.device] = torch.zeros_like(skip, dtype=torch.int64)
+        counts[factor.device].add_(skip)
+        return factors
+
+    def _culprit(self) -> str:
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None and not param.grad.isfinite().all():
+                    shape = tuple(param.shape)
+                    return f"the gradient of parameter {i} of group {g}, of shape {shape}, has NaN or infinite values"
+        return "the norm of the gradients, which are finite, is not"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of an optimizer of the same rule: ours of 32 or 8 bits, torch's, or that of bitsandbytes.
+
+        States get the dtypes that they have here: codes are decoded, or floats encoded, where they must be. Settings
+        that the other optimizer does not have stay as they are. Raises ValueError for a state that does not fit.
+        """
+        state_dict = from_bitsandbytes(state_dict, self.STATES, self.SIGNED)
+        ours = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        saved = {index: state_dict["state"].get(index) for index in indices}
+        super().load_state_dict({**state_dict, "state": {}})
+        for group, before in zip(self.param_groups, ours, strict=True):
+            for name, value in before.items():
+                group.setdefault(name, value)
+            _refuse(group)
+            self._check_settings(group)
+        params = [param for group in self.param_groups for param in group["params"]]
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        for param, group, index in zip(params, groups, indices, strict=True):
+            if saved[index]:
+                self.state[param] = self._load_state(group, param, saved[index])
+
+    def _load_state(self, group: dict[str, Any], param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        self._start(group, param, state)
+        state["step"].fill_(saved.get("step", 1))  # torch's SGD does not count, and needs only to know that it began
+        for name, signed in list(zip(self.STATES, self.SIGNED, strict=True))[: self._states(group)]:
+            value = saved.get(name)
+            if value is None:
+                if name + "_absmax" in saved or len(self.STATES) > 1:
+                    raise ValueError(f"the state of a parameter of shape {tuple(param.shape)} has no {name}")
+                return {}
+            if value.shape != param.shape:
+                raise ValueError(f"{name} has the shape {tuple(value.shape)}, and its parameter {tuple(param.shape)}")
+            absmax = saved.get(name + "_absmax")
+            if absmax is None and state[name].dtype is not torch.uint8:
+                state[name] = (
+                    value.detach().to(param.device, state[name].dtype).clone(memory_format=torch.contiguous_format)
+                )
+                continue
+            if absmax is None:
+                value, absmax = quantize_blockwise(value.detach(), signed)
+            if state[name].dtype is torch.uint8:
+                state[name].copy_(value)
+                state[name + "_absmax"].copy_(absmax)
+            else:
+                state[name].copy_(dequantize_blockwise(value, absmax, signed))
+        return state
+
+    def _refuse_sparse_gradients(self) -> None:
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None and param.grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not take sparse gradients, and parameter {i} of group {g}, of "
+                        f"shape {tuple(param.shape)}, has one: build its Embedding with sparse=False"
+                    )
+
+
+def global_norm(grads: list[Tensor], max_norm: float) -> Tensor:
+    """The 2-norm of all gradients as one vector, and the factor that makes it `max_norm` at most; NaN if not finite."""
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        by_device[grad.device].append(grad)
+    if len(by_device) == 1:
+        (only,) = by_device
+        if only.type in DEVICES and all(g.dtype in DTYPES and type(g) in PLAIN for g in grads):
+            return torch.ops.entrenar.grad_norm([grad.contiguous() for grad in grads], max_norm)
+    norm = torch.nn.utils.get_total_norm(grads).float()
+    factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), torch.nan)
+    return torch.stack([norm, factor])
+
+
+def _refuse(settings: dict[str, Any]) -> None:
+    for name in ("amsgrad", "differentiable"):
+        if settings.get(name):
+            raise ValueError(f"{name}=True is not supported: use torch.optim's optimizer for it")
+
+
+def check_number(name: str, value: Any, most: float = math.inf) -> None:
+    """Raise ValueError unless value is a number, 0 or more and below `most`; a learning rate may be a tensor of one."""
+    if name == "lr" and isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not value.is_cpu:
+            return  # reading it would wait for the device
+        value = value.item()
+    if not (isinstance(value, (int, float)) and 0 <= value < most):
+        kind = "a finite number, 0 or more" if most == math.inf else f"a number in [0, {most:g})"
+        raise ValueError(f"{name} must be {kind}, and is {value!r}")
+
+
+def check_betas(betas: Any) -> None:
+    """Raise ValueError unless betas are two numbers in [0, 1)."""
+    for name, value in zip(("beta1", "beta2"), betas, strict=True):
+        check_number(name, value, 1)

@@ -1,0 +1,362 @@
+"""Every optimizer, in 32 bits: its rule is torch's, its kernel is the rule's, and nothing else matters."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import EIGHT_BITS, KINDS, grouped, parameters, run, set_gradients
+from torch.testing._internal.common_optimizers import optim_db
+
+import entrenar
+from entrenar import optim
+
+TORCH = {optim.SGD: torch.optim.SGD, optim.Adam: torch.optim.Adam, optim.AdamW: torch.optim.AdamW}
+ALIKE = [kind for kind, (ours, *_) in KINDS.items() if ours in TORCH]
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_100_steps_in_float64_are_torchs_bits(kind):
+    ours, theirs = parameters(torch.float64), parameters(torch.float64)
+    cls = KINDS[kind][0]
+    run(cls(grouped(ours, kind)), ours, 100)
+    run(TORCH[cls](grouped(theirs, kind), foreach=False), theirs, 100)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("kind", ALIKE)
+def test_100_steps_in_float32_equal_torch(kind, foreach):
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+    cls = KINDS[kind][0]
+    run(cls(grouped(ours, kind)), ours, 100)
+    run(TORCH[cls](grouped(theirs, kind), foreach=foreach), theirs, 100)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_in_float32_is_the_rules_bits(kind, backend):
+    params = parameters(torch.float32)
+    optimizer = KINDS[kind][0](grouped(params, kind))
+    plain = copy.deepcopy(optimizer)
+    copies = [param for group in plain.param_groups for param in group["params"]]
+    for step in range(4):
+        set_gradients(params, step)
+        for param, same in zip(params, copies, strict=True):
+            same.grad = None if param.grad is None else param.grad.clone()
+        optimizer.step()
+        for group in plain.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = plain.state[param]
+                    if not state:
+                        plain._start(group, param, state)
+                    with torch.no_grad():
+                        plain._step_in_torch(group, param, param.grad, state)
+        for param, same in zip(params, copies, strict=True):
+            assert torch.equal(param, same)
+            for name, value in plain.state[same].items():
+                assert torch.equal(optimizer.state[param][name], value), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_in_16_bits_rounds_once(kind, dtype, backend):
+    params = parameters(dtype)
+    optimizer = KINDS[kind][0](grouped(params, kind))
+    wide = KINDS[kind][0](grouped([torch.nn.Parameter(param.detach().float()) for param in params], kind))
+    for step in range(2):
+        set_gradients(params, step, missing=0)
+        expected = [param for group in wide.param_groups for param in group["params"]]
+        for param, same in zip(params, expected, strict=True):
+            same.data.copy_(param)
+            same.grad = param.grad.float()
+            for name, value in optimizer.state[param].items():
+                wide.state[same][name].copy_(value)
+        optimizer.step()
+        wide.step()
+        for param, same in zip(params, expected, strict=True):
+            assert torch.equal(param, same.to(dtype))
+            for name, value in wide.state[same].items():
+                actual = optimizer.state[param][name]
+                assert actual.dtype == (torch.float32 if name == "step" else dtype)
+                assert torch.equal(actual, value.to(actual.dtype)), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_maximize_is_minimizing_the_opposite(kind, backend):
+    params, opposite = parameters(torch.float32), parameters(torch.float32)
+    cls = KINDS[kind][0]
+    settings = {name: value for name, value in KINDS[kind][1].items() if name != "weight_decay"}
+    up, down = cls(params, **settings, maximize=True), cls(opposite, **settings)
+    for step in range(3):
+        set_gradients(params, step)
+        for param, other in zip(params, opposite, strict=True):
+            other.grad = None if param.grad is None else -param.grad
+        up.step()
+        down.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, opposite, strict=True))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+def test_neither_threads_nor_order_nor_grouping_matter(kind, bits, backend):
+    results = []
+    before = torch.get_num_threads()
+    small = {} if bits == 32 else {"min_8bit_size": 8}
+    cls = EIGHT_BITS[kind] if bits == 8 else KINDS[kind][0]
+    for threads, order, groups in [(1, 1, 1), (2, -1, 1), (3, 1, 3)]:
+        shapes = [(3,), (200, 333), (5, 7), (1,), (300,)]
+        params = parameters(torch.float32, shapes=shapes)
+        torch.set_num_threads(threads)
+        split = [{"params": params[::order][i::groups]} for i in range(groups)]
+        optimizer = cls(split, **KINDS[kind][1], **small)
+        for step in range(2):
+            set_gradients(params, step, missing=0)
+            optimizer.step()
+        results.append(params)
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+@settings(max_examples=4, deadline=None)
+@given(at=st.integers(0, 8), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), load=st.booleans())
+def test_resume_is_bit_identical(kind, bits, at, dtype, load):
+    cls = EIGHT_BITS[kind] if bits == 8 else KINDS[kind][0]
+    extra = {"stochastic_rounding": dtype is torch.bfloat16, "seed": 3, **({"min_8bit_size": 30} if bits == 8 else {})}
+    straight = parameters(dtype)
+    run(cls(grouped(straight, kind), **extra), straight, 8)
+
+    params = parameters(dtype)
+    before = cls(grouped(params, kind), **extra)
+    run(before, params, at)
+    if load:
+        resumed = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        after = cls(grouped(resumed, kind))
+        after.load_state_dict(copy.deepcopy(before.state_dict()))
+    else:
+        after = pickle.loads(pickle.dumps(before))
+        resumed = [param for group in after.param_groups for param in group["params"]]
+    run(after, resumed, 8, first=at)
+    for a, b in zip(straight, resumed, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 2**31), size=st.integers(1, 6), rate=st.floats(0.4, 1))
+def test_converges_on_convex_quadratics(kind, seed, size, rate):
+    """f(x) = ½ (x - x*)ᵀ H (x - x*) with eigenvalues of H in [0.3, 10]."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    eigenvalues = 10 ** (torch.rand(size, generator=generator, dtype=torch.float64) * 1.5 - 0.5)
+    hessian = basis @ torch.diag(eigenvalues) @ basis.T
+    optimum = torch.randn(size, generator=generator, dtype=torch.float64)
+    x = torch.nn.Parameter(torch.randn(size, generator=generator, dtype=torch.float64))
+    # Plain descent needs a rate below 2 / 10; momentum 0.9 is ten times as fast, with dampening less.
+    highest = {"sgd": 0.15, "momentum": 0.05, "nesterov": 0.05, "lion": 0.1}.get(kind, 0.4)
+    cls, first, _ = KINDS[kind]
+    optimizer = cls([x], **{**first, "weight_decay": 0.0, "lr": rate * highest})
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (x - optimum) @ hessian @ (x - optimum) / 2
+        loss.backward()
+        return loss
+
+    begin = optimizer.step(closure)
+    for step in range(300):
+        optimizer.set_lr(rate * highest * (1 - step / 300))
+        last = optimizer.step(closure)
+    # Curvatures differ by up to 30, and Adam's v remembers the first, large gradients: flat directions come in slowly.
+    assert last <= 3e-2 * begin + 1e-4
+
+
+def torchs_inputs():
+    for info in optim_db:
+        ours = {theirs: cls for cls, theirs in TORCH.items()}.get(info.optim_cls)
+        if ours:
+            for given_settings in info.optim_inputs_func(device="cpu"):
+                yield pytest.param(ours, given_settings.kwargs, id=f"{ours.__name__} {given_settings.desc}")
+
+
+@pytest.mark.parametrize(("cls", "kwargs"), list(torchs_inputs()))
+def test_torchs_own_inputs(cls, kwargs):
+    if kwargs.get("amsgrad"):
+        with pytest.raises(ValueError, match="amsgrad=True is not supported"):
+            cls(parameters(torch.float64), **kwargs)
+        return
+    ours, theirs = parameters(torch.float64), parameters(torch.float64)
+    for optimizer, params in ((cls(ours, **kwargs), ours), (TORCH[cls](theirs, **kwargs, foreach=False), theirs)):
+        for step in range(5):
+            set_gradients(params, step)
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("kind", ALIKE)
+def test_state_dict_goes_both_ways_with_torch(kind, ours_first):
+    cls = KINDS[kind][0]
+    straight, params = parameters(torch.float64), parameters(torch.float64)
+    run(TORCH[cls](grouped(straight, kind), foreach=False), straight, 20, missing=0)
+    kinds = (cls, TORCH[cls]) if ours_first else (TORCH[cls], cls)
+    flags = {TORCH[cls]: {"foreach": False}}
+    before = kinds[0](grouped(params, kind), **flags.get(kinds[0], {}))
+    run(before, params, 10, missing=0)
+    after = kinds[1](grouped(params, kind), **flags.get(kinds[1], {}))
+    after.load_state_dict(before.state_dict())
+    run(after, params, 20, first=10, missing=0)
+    assert all(torch.equal(a, b) for a, b in zip(straight, params, strict=True))
+
+
+def test_a_learning_rate_may_be_a_tensor(backend):
+    params, same = parameters(torch.float32), parameters(torch.float32)
+    lr = torch.tensor(0.5, dtype=torch.float64, device="cpu")
+    optimizer, other = optim.AdamW(params, lr=lr), optim.AdamW(same, lr=0.25)
+    optimizer.set_lr(0.25)
+    assert optimizer.param_groups[0]["lr"] is lr
+    for each, of in ((optimizer, params), (other, same)):
+        set_gradients(of, 0)
+        each.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, same, strict=True))
+    with pytest.raises(ValueError, match="Tensor lr must be 1-element"):
+        optim.SGD(params, lr=torch.ones(2))
+
+
+def test_parameters_that_are_not_contiguous_are_trained(backend):
+    for cls in (optim.AdamW, optim.AdamW8bit):
+        dense = torch.nn.Parameter(torch.randn(90, 50))
+        turned = torch.nn.Parameter(dense.detach().clone().T.contiguous().T)
+        dense.grad = torch.randn(90, 50)
+        turned.grad = dense.grad.T.contiguous().T
+        for param in (dense, turned):
+            optimizer = cls([param])
+            optimizer.step()
+            optimizer.step()
+        assert not turned.is_contiguous()
+        assert torch.equal(turned, dense)
+
+
+@pytest.mark.parametrize("cls", [optim.SGD, optim.Adam, optim.AdamW, optim.Lion, *set(EIGHT_BITS.values())])
+def test_hooks_closures_groups_and_schedulers_work_as_torchs(cls):
+    first, second = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+    optimizer = cls([("first", first)], lr=0.1)
+    optimizer.add_param_group({"params": [("second", second)], "lr": 0.2})
+    called = []
+    optimizer.register_step_pre_hook(lambda *_: called.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: called.append("post"))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    loss = optimizer.step(lambda: called.append("closure") or 3.0)
+    scheduler.step()
+    assert (loss, called) == (3.0, ["pre", "closure", "post"])
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.1]
+    assert optimizer.param_groups[1]["param_names"] == ["second"]
+
+
+@pytest.mark.parametrize("cls", [optim.SGD, optim.AdamW, optim.AdamW8bit])
+def test_grad_scaler_leaves_a_step_out(cls):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = cls([param], lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(param.sum() * torch.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(param, torch.ones(3))
+    assert scaler.get_scale() == 4.0
+    optimizer.zero_grad()
+    scaler.scale(param.sum()).backward()
+    scaler.step(optimizer)
+    assert torch.equal(param.grad, torch.ones(3))
+    assert (param < 1).all()
+
+
+def test_default_params_and_long_names():
+    param = torch.nn.Parameter(torch.zeros(1))
+    assert optim.Adam.default_params(learning_rate=0.5)([param]).defaults == optim.Adam([param], lr=0.5).defaults
+    assert optim.SGD([param], learning_rate=0.25).defaults["lr"] == 0.25
+    lion = optim.Lion([param], learning_rate=0.25, beta1=0.5)
+    assert (lion.defaults["lr"], lion.defaults["betas"]) == (0.25, (0.5, 0.99))
+
+
+@pytest.mark.parametrize(
+    ("cls", "setting", "message"),
+    [
+        (optim.SGD, {"momentum": -0.5}, "momentum must be"),
+        (optim.SGD, {"nesterov": True}, "nesterov needs a momentum"),
+        (
+            optim.SGD,
+            {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+            "nesterov needs a momentum, and no dampening",
+        ),
+        (optim.Lion, {"betas": (0.9, 1.0)}, "beta2 must be"),
+        (optim.Lion, {"lr": -1}, "lr must be"),
+        (optim.Adam, {"amsgrad": True}, "amsgrad=True is not supported"),
+        (optim.AdamW, {"differentiable": True}, "differentiable=True is not supported"),
+        (optim.AdamW, {"max_norm": 0.0}, "max_norm must be greater than 0"),
+        (optim.AdamW8bit, {"eps": -1.0}, "eps must be"),
+    ],
+)
+def test_settings_out_of_range(cls, setting, message):
+    with pytest.raises(ValueError, match=message):
+        cls([torch.nn.Parameter(torch.zeros(1))], **setting)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a["grads"].pop(), "lists of one length"),
+        (lambda a: a["states"].pop(), "states must be a list of 2 for each"),
+        (lambda a: a["grads"].__setitem__(0, torch.zeros(3)), "must have the shape and dtype"),
+        (lambda a: a["states"].__setitem__(1, torch.zeros(2, dtype=torch.float16)), "states must have one dtype"),
+        (lambda a: a["states"].__setitem__(1, torch.zeros(3)), "states must have the sizes of params"),
+        (lambda a: a["grads"].__setitem__(0, torch.zeros(4)[::2]), "must be contiguous"),
+        (lambda a: a["steps"].__setitem__(0, torch.zeros(1, dtype=torch.int64)), "steps must be float32 scalars"),
+        (lambda a: a["absmaxes"].append(torch.zeros(1)), "absmaxes must be a list"),
+        (lambda a: a["codebooks"].append(torch.zeros(1)), "codebooks must be a list"),
+    ],
+)
+def test_kernel_refuses_what_does_not_fit(change, message, backend):
+    arguments = {
+        "params": [torch.zeros(2)],
+        "grads": [torch.zeros(2)],
+        "states": [torch.zeros(2), torch.zeros(2)],
+        "absmaxes": [],
+        "steps": [torch.zeros(())],
+        "codebooks": [],
+    }
+    change(arguments)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.entrenar.adam_(*arguments.values(), None, None, 1e-3, 0.9, 0.999, 1e-8, 0.0, True, False)
+
+
+def test_levels_take_the_same_steps():
+    results = []
+    before = entrenar.cpu_level()
+    levels = ["base", "avx2", "avx512"]
+    for level in levels[: levels.index(before) + 1]:
+        entrenar.set_cpu_level(level)
+        params = [param for kind in EIGHT_BITS for param in train_all(kind)]
+        results.append(params)
+    entrenar.set_cpu_level(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def train_all(kind: str) -> list[torch.Tensor]:
+    made = []
+    for cls, extra in ((KINDS[kind][0], {}), (EIGHT_BITS[kind], {"min_8bit_size": 8})):
+        for dtype in (torch.float32, torch.bfloat16):
+            params = parameters(dtype)
+            optimizer = cls(grouped(params, kind), **extra, max_norm=1.0, stochastic_rounding=True)
+            run(optimizer, params, 3)
+            made += [*params, *(v for state in optimizer.state.values() for v in state.values())]
+    return made
