@@ -63,7 +63,7 @@ bool are_few(const Tensor& x, const Weight& w, bool transposed) {
 // than decoding W first. Expected from the cycles in choose (product_sm90_pipeline.h), against the decoded way's times on
 // an H200: for 512, 2048 and 4096 rows 37.5, 102 and 188 us at 4096 x 4096, and 94, 275 and 519 at 11008 x 4096; a term
 // takes 15 to 25 more at 4096 rows; the gradient is within a tenth of those.
-constexpr int64_t kHopperRows = 65, kHopperGradientRows = 65, kHopperTermRows = 65, kHopperGradientTermRows = 65;
+constexpr int64_t kHopperRows = 24, kHopperGradientRows = 24, kHopperTermRows = 24, kHopperGradientTermRows = 24;
 
 bool pays_on_hopper(int64_t rows, bool transposed, bool with_term) {
   if (with_term) return rows >= (transposed ? kHopperTermRows : kHopperGradientTermRows);
