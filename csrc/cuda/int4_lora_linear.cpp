@@ -44,6 +44,15 @@ Tensor stacked_A(const Tensor& x, const std::vector<Layer>& layers) {
   return stacked;
 }
 
+// B as it lies, in bfloat16.
+Tensor rounded_B(const Tensor& x, const Layer& layer) {
+  const OnDevice device(x);
+  Tensor factor = torch::stable::new_empty(x, {layer.w.rows, layer.rank});
+  device.check(skinny_factor_cuda(layer.B.const_data_ptr<float>(), 1, factor.numel(), 0, 1, bits_of(factor),
+                                  device.stream()));
+  return factor;
+}
+
 // And Bᵀ.
 Tensor transposed_B(const Tensor& x, const Layer& layer) {
   if (!is_bfloat16(x)) return transpose(layer.B, 0, 1);
@@ -86,11 +95,15 @@ Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double s
   return us;
 }
 
-// In bfloat16 the smaller terms are written first: they are what is rounded in between.
+// In bfloat16 the smaller terms are written first: they are what is rounded in between, where that cannot be avoided.
 Tensor project_up(const Tensor& x, const Tensor& u, const Layer& layer, const std::optional<Tensor>& bias, bool int8) {
   refuse_int8(int8);
   Tensor y = empty_with_last(x, layer.w.rows), flat = matrix(y);
   if (y.numel() == 0) return y;
+  if (takes_term(matrix(x), layer.w, true, matrix(u), flat)) {
+    multiply(matrix(x), layer.w, true, bias, flat, Term{matrix(u), rounded_B(x, layer)});
+    return y;
+  }
   const Tensor B = transposed_B(x, layer);
   if (bias) {
     addmm(flat, torch::stable::to(*bias, x.scalar_type()), matrix(u), B, 1.0);
@@ -124,6 +137,10 @@ Tensor side_by_side(const Tensors& parts, int64_t columns) {
 Tensor sum_back(const Tensor& x, const Tensors& dys, const Tensors& dus, const std::vector<Layer>& layers) {
   Tensor sum = empty_as(x), flat = matrix(sum);
   if (sum.numel() == 0) return sum;
+  if (dys.size() == 1 && dus.size() == 1 && takes_term(matrix(dys[0]), layers[0].w, false, matrix(dus[0]), flat)) {
+    multiply(matrix(dys[0]), layers[0].w, false, std::nullopt, flat, Term{matrix(dus[0]), stacked_A(x, layers)});
+    return sum;
+  }
   if (!dus.empty()) {
     addmm(flat, flat, matrix(side_by_side(dus, ranks_of(layers))), stacked_A(x, layers), 0.0);
   }

@@ -6,6 +6,7 @@
 #include "device.h"
 #include "dot.h"
 #include "int4.h"
+#include "product_sm90.h"
 
 namespace entrenar {
 
@@ -58,13 +59,66 @@ bool are_few(const Tensor& x, const Weight& w, bool transposed) {
   return transposed && rows_of(x) < kManyRows && int4_dot_takes(w, dtype_of(x, "x"), rows_of(x));
 }
 
+// From how many rows of x on Hopper's own kernel, which decodes W on the way to the tensor cores, is to take less time
+// than decoding W first. Expected from the cycles in choose (product_sm90_pipeline.h), against the decoded way's times on
+// an H200: for 512, 2048 and 4096 rows 37.5, 102 and 188 us at 4096 x 4096, and 94, 275 and 519 at 11008 x 4096; a term
+// takes 15 to 25 more at 4096 rows; the gradient is within a tenth of those.
+constexpr int64_t kHopperRows = 24, kHopperGradientRows = 24, kHopperTermRows = 24, kHopperGradientTermRows = 24;
+
+bool pays_on_hopper(int64_t rows, bool transposed, bool with_term) {
+  if (with_term) return rows >= (transposed ? kHopperTermRows : kHopperGradientTermRows);
+  return rows >= (transposed ? kHopperRows : kHopperGradientRows);
+}
+
+bool is_for_hopper(const Tensor& x, const ProductSm90& product) {
+  if (x.scalar_type() != ScalarType::BFloat16) return false;
+  if (!pays_on_hopper(product.tokens, !product.gradient, product.rank > 0)) return false;
+  const OnDevice device(x);
+  return product_sm90_takes(product);
+}
+
+ProductSm90 hopper_product(const Tensor& x, const Weight& w, bool transposed, const Tensor& y) {
+  ProductSm90 product = {};
+  product.weight = w;
+  product.gradient = !transposed;
+  product.in = x.const_data_ptr();
+  product.out = y.mutable_data_ptr();
+  product.tokens = rows_of(x);
+  return product;
+}
+
 }  // namespace
 
-void multiply(const Tensor& x, const Weight& w, bool transposed, const std::optional<Tensor>& bias, Tensor& y) {
+bool takes_term(const Tensor& x, const Weight& w, bool transposed, const Tensor& low, const Tensor& y) {
+  ProductSm90 product = hopper_product(x, w, transposed, y);
+  product.rank = static_cast<int>(low.size(-1));
+  product.low = low.const_data_ptr();
+  return product.rank > 0 && is_for_hopper(x, product);
+}
+
+void multiply(const Tensor& x, const Weight& w, bool transposed, const std::optional<Tensor>& bias, Tensor& y,
+              const std::optional<Term>& term) {
   if (y.numel() == 0) return;
-  if (are_few(x, w, transposed)) {
+  if (!term && are_few(x, w, transposed)) {
     multiply_few(x, w, bias, false, y);
-  } else if (bias) {
+    return;
+  }
+  ProductSm90 product = hopper_product(x, w, transposed, y);
+  if (term) {
+    product.rank = static_cast<int>(term->low.size(-1));
+    product.low = term->low.const_data_ptr();
+    product.factor = term->factor.const_data_ptr();
+  }
+  if (is_for_hopper(x, product)) {
+    std::optional<Tensor> own;
+    if (bias) own = packed(*bias);
+    product.bias = own ? own->const_data_ptr<float>() : nullptr;
+    const OnDevice device(x);
+    device.check(product_sm90(product, device.stream()));
+    return;
+  }
+  STD_TORCH_CHECK(!term, "takes_term has not agreed to this term");
+  if (bias) {
     multiply_decoded(x, w, transposed, torch::stable::to(*bias, y.scalar_type()), 1.0, y);
   } else {
     multiply_decoded(x, w, transposed, y, 0.0, y);

@@ -28,7 +28,7 @@ def budgets(source: pathlib.Path) -> dict[str, dict[str, int]]:
     for part in report.split("Compiling entry function '")[1:]:
         name = run("c++filt", part.split("'")[0]).strip()
         name = (
-            name.replace("entrenar::(anonymous namespace)::", "")
+            re.sub(r"entrenar::(\w+::)?\(anonymous namespace\)::", "", name)
             .replace("(entrenar::Dtype)", "Dtype ")
             .replace("(entrenar::Rule)", "Rule ")
             .split("(")[0]

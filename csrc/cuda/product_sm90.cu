@@ -1,0 +1,512 @@
+// Products with an int4 weight on Hopper: the weight is decoded into the registers that wgmma reads its first operand
+// from, so the product comes out transposed, features by tokens, and is turned on its way to memory.
+#include "product_sm90.h"
+
+#include <cuda_bf16.h>
+
+#include "hopper.h"
+#include "product_sm90_pipeline.h"
+
+namespace entrenar {
+
+namespace sm90 {
+
+namespace {
+
+using namespace hopper;
+
+struct Arguments {
+  CUtensorMap in, codes, out, low;
+  const uint16_t* scales;
+  const float* bias;
+  const uint16_t* factor;
+  int64_t blocks;      // of a row
+  int64_t first, end;  // of the tiles
+  int block, rank, features, steps, feature_tiles, token_tiles;
+  int parts;  // of the contraction, each a block's of a cluster
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+template <int kTokens>
+struct Pipeline {
+  char* shared;
+  Place place = {0, 0};
+
+  __device__ void next() { place = after<Layout<kTokens>::kStages>(place); }
+  __device__ char* in() const { return shared + place.stage * Layout<kTokens>::kStage; }
+  __device__ char* codes() const { return in() + Layout<kTokens>::kIn; }
+  __device__ char* scales() const { return codes() + kCodesBytes; }
+  __device__ uint32_t full() const {
+    return shared_address(shared + Layout<kTokens>::kBytes - Layout<kTokens>::kBarriers) + place.stage * 16;
+  }
+  __device__ uint32_t empty() const { return full() + 8; }
+};
+
+template <bool gradient, int kTokens>
+__device__ void copy_tensors(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
+  using L = Layout<kTokens>;
+  const Range range = range_of(p.steps, p.rank, part, p.parts);
+  for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
+    const Tile at = tile_at(tile, p.feature_tiles, p.token_tiles);
+    const int feature = at.features * kFeatures, token = at.tokens * kTokens;
+    for (int step = range.begin; step < range.end; step++) {
+      const uint32_t full = pipeline.full(), codes = shared_address(pipeline.codes());
+      barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
+      barrier_arrive_expect(full, L::kIn + kCodesBytes);
+      load_tile(shared_address(pipeline.in()), &p.in, step * kStep, token, full);
+      if (gradient) {
+        load_tile(codes, &p.codes, feature / 2, step * kStep, full);
+      } else {
+        load_tile(codes, &p.codes, step * (kStep / 2), feature, full);
+      }
+      pipeline.next();
+    }
+    if (range.last) {
+      barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
+      barrier_arrive_expect(pipeline.full(), L::kIn);
+      load_tile(shared_address(pipeline.in()), &p.low, 0, token, pipeline.full());
+      pipeline.next();
+    }
+  }
+}
+
+// The scales of a tile for one thread. In each step it has two pairs: in the forward those of the 32-element groups of
+// its row and of the row kScalers on; in the gradient those of the groups of features of its row.
+template <bool gradient>
+struct ScaleReader {
+  const uint16_t* at;
+  int stride, second;
+  bool two;  // or one scale for both of a pair
+
+  __device__ ScaleReader(const Arguments& p, int feature, int thread) : two(p.block == int4::kGroup) {
+    const int blocks = (int)p.blocks;
+    if (gradient) {
+      at = p.scales + thread * p.blocks + (two ? feature / int4::kGroup : feature / kStep);
+      stride = kStep * blocks;
+      second = two ? 2 : 1;
+    } else {
+      at = p.scales + (feature + thread) * p.blocks;
+      stride = two ? 2 : 1;
+      second = kScalers * blocks;
+    }
+    if (feature + kWarpgroupFeatures >= p.features) second = 0;  // beyond the edge nothing is written
+  }
+
+  __device__ uintptr_t address(int step, int pair) const {
+    return (uintptr_t)(at + (int64_t)step * stride + pair * second);
+  }
+  // The word of memory that holds them: nothing may wait for it here.
+  __device__ uint32_t read(int step, int pair) const {
+    return __ldg((const uint32_t*)(address(step, pair) & ~(uintptr_t)3));
+  }
+  __device__ uint32_t both(uint32_t word, int step, int pair) const {
+    return __byte_perm(word, 0, two ? 0x3210 : address(step, pair) & 2 ? 0x3232 : 0x1010);
+  }
+};
+
+// Scales are read a group of steps before they are used. A group's loads go out together: the hardware counts them
+// together, and waiting for one that was sent earlier would be waiting for all.
+template <bool gradient, int kTokens>
+__device__ void copy_scales(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
+  constexpr int kGroupSteps = Layout<kTokens>::kGroupSteps;
+  const int thread = threadIdx.x - kFirstScaler;
+  const Range range = range_of(p.steps, p.rank, part, p.parts);
+  const auto publish = [&] {
+    __syncwarp();
+    if (thread % kWarp == 0) barrier_arrive(pipeline.full());
+    pipeline.next();
+  };
+  for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
+    const int feature = tile_at(tile, p.feature_tiles, p.token_tiles).features * kFeatures;
+    const ScaleReader<gradient> scales(p, feature, thread);
+    uint32_t next[kGroupSteps][2];
+    const auto read = [&](int first) {
+#pragma unroll
+      for (int i = 0; i < kGroupSteps; i++) {
+        for (int j = 0; j < 2; j++) next[i][j] = first + i < range.end ? scales.read(first + i, j) : 0;
+      }
+    };
+    read(range.begin);
+
+    for (int first = range.begin; first < range.end; first += kGroupSteps) {
+      uint32_t words[kGroupSteps][2];
+#pragma unroll
+      for (int i = 0; i < kGroupSteps; i++) {
+        for (int j = 0; j < 2; j++) words[i][j] = next[i][j];
+      }
+      read(first + kGroupSteps);
+#pragma unroll
+      for (int i = 0; i < kGroupSteps; i++) {
+        const int step = first + i;
+        if (step >= range.end) break;
+        barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
+        for (int j = 0; j < 2; j++) {
+          write_scales<gradient>(pipeline.scales(), thread + j * kScalers, scales.both(words[i][j], step, j));
+        }
+        publish();
+      }
+    }
+    if (range.last) {
+      barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
+      publish();
+    }
+  }
+}
+
+// The factor of the last term: the fragment of 16 of its contraction, zero beyond its rank.
+template <bool gradient>
+__device__ void read_factor(uint32_t (&a)[4], const Arguments& p, int feature, int first) {
+  const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
+  for (int half = 0; half < 2; half++) {
+    const int64_t row = min(feature + 8 * feature_chunk(gradient, warp, half) + lane / 4, p.features - 1);
+    for (int i = 0; i < 2; i++) {
+      const int k = first + 2 * (lane % 4) + 8 * i;
+      uint32_t pair = 0;
+      if (k < p.rank) {
+        if (gradient) {
+          pair = __ldg(p.factor + k * (int64_t)p.features + row);
+          pair |= (uint32_t)__ldg(p.factor + (k + 1) * (int64_t)p.features + row) << 16;
+        } else {
+          pair = __ldg((const uint32_t*)(p.factor + row * p.rank + k));
+        }
+      }
+      a[2 * i + half] = pair;
+    }
+  }
+}
+
+template <int kSums>
+__device__ void multiply(float (&sums)[kSums], Fragments& a, uint64_t in, bool accumulate) {
+  for (auto& fragment : a) {
+    for (uint32_t& pair : fragment) pin(pair);
+  }
+  wgmma_fence();
+  wgmma(sums, a[0], in, accumulate);
+  wgmma(sums, a[1], in + kWgmmaNext, true);
+  wgmma_commit();
+}
+
+__device__ void release(uint32_t empty) {
+  if (threadIdx.x % kWarp == 0) barrier_arrive(empty);
+}
+
+// Adds up the parts of a tile, always in the same order: of each thread's sums this block keeps, as the first, those of
+// its own slice of the tokens. They are exchanged through the memory of the stages, which have all been used.
+template <int kTokens>
+__device__ void add_parts(const Arguments& p, float (&sums)[kTokens / 2], char* shared, int part) {
+  constexpr int kChunks = kTokens / 8, kChunkBytes = kConsumers * kWarpgroup * 16;
+  const int own = kChunks / p.parts;
+  const uint32_t at = shared_address(shared) + (threadIdx.x - kFirstConsumer) * 16;
+  consumers_sync<kConsumers * kWarpgroup>();
+#pragma unroll
+  for (int i = 0; i < kChunks; i++) {
+    store_shared(at + i * kChunkBytes, sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+  }
+  cluster_sync();
+#pragma unroll
+  for (float& sum : sums) sum = 0;
+  for (int other = 0; other < p.parts; other++) {
+    const uint32_t from = at_block(at, other) + part * own * kChunkBytes;
+#pragma unroll
+    for (int i = 0; i < kChunks / 2; i++) {
+      if (i >= own) break;
+      float part_sums[4];
+      load_cluster(part_sums, from + i * kChunkBytes);
+      for (int j = 0; j < 4; j++) sums[4 * i + j] += part_sums[j];
+    }
+  }
+  cluster_sync();  // the others have read this block's
+}
+
+// The first of sums, those of slice tokens.
+template <bool gradient, int kTokens>
+__device__ void write(const Arguments& p, float (&sums)[kTokens / 2], char* out, int feature, int token, int slice) {
+  const int warpgroup = (threadIdx.x - kFirstConsumer) / kWarpgroup, warp = threadIdx.x % kWarpgroup / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  if (!gradient && p.bias) {
+    for (int half = 0; half < 2; half++) {
+      const int row = feature + 8 * feature_chunk(gradient, warp, half) + lane / 4;
+      const float bias = row < p.features ? __ldg(p.bias + row) : 0;
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; i += 4) {
+        sums[i + 2 * half] += bias;
+        sums[i + 2 * half + 1] += bias;
+      }
+    }
+  }
+  const bool elected = threadIdx.x % kWarpgroup == 0;
+  if (elected) wait_stores_read();
+  warpgroup_sync(1 + warpgroup);
+  const uint32_t to = shared_address(out) + stored_row(gradient, warp, lane);
+  const auto narrow = [](float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *(const uint32_t*)&pair;
+  };
+#pragma unroll
+  for (int i = 0; i < kTokens / kLeastSlice; i++) {
+    if (i * kLeastSlice >= slice) break;
+    const float* const s = sums + 8 * i;
+    store_matrices_transposed(to + kNextTokens * i, narrow(s[0], s[1]), narrow(s[2], s[3]), narrow(s[4], s[5]),
+                              narrow(s[6], s[7]));
+  }
+  fence_tensor_copies();
+  warpgroup_sync(1 + warpgroup);
+  if (elected) store_tile(&p.out, feature, token, shared_address(out));
+}
+
+template <bool gradient, int kTokens>
+__device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
+  using L = Layout<kTokens>;
+  const int thread = threadIdx.x - kFirstConsumer, warpgroup = thread / kWarpgroup;
+  char* const out = pipeline.shared + L::kStages * L::kStage + warpgroup * L::kWarpgroupOut;
+  const Range range = range_of(p.steps, p.rank, part, p.parts);
+  float sums[kTokens / 2];
+  Fragments a[2];
+
+  for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
+    const Tile at = tile_at(tile, p.feature_tiles, p.token_tiles);
+    const int feature = at.features * kFeatures + warpgroup * kWarpgroupFeatures;
+    uint32_t used = 0;
+
+    barrier_wait(pipeline.full(), pipeline.place.parity);
+    decode<gradient>(a[0], pipeline.codes(), pipeline.scales(), thread, 0);
+    for (int step = range.begin; step < range.end; step++) {
+      // While the tensor cores multiply by one half of the stage, the other is decoded.
+      const uint64_t in = wgmma_rows(shared_address(pipeline.in()));
+      multiply(sums, a[0], in, step > range.begin);
+      wgmma_wait<1>();
+      if (step > range.begin) release(used);
+      decode<gradient>(a[1], pipeline.codes(), pipeline.scales(), thread, 1);
+      multiply(sums, a[1], in + 2 * kWgmmaNext, true);
+      wgmma_wait<1>();
+      used = pipeline.empty();
+      pipeline.next();
+      if (step + 1 < range.end) {
+        barrier_wait(pipeline.full(), pipeline.place.parity);
+        decode<gradient>(a[0], pipeline.codes(), pipeline.scales(), thread, 0);
+      }
+    }
+    if (range.last) {
+      uint32_t factor[4][4];
+      for (int i = 0; i < 4; i++) {
+        if (16 * i < p.rank) read_factor<gradient>(factor[i], p, feature, 16 * i);
+      }
+      wgmma_wait<0>();
+      release(used);
+      barrier_wait(pipeline.full(), pipeline.place.parity);
+      const uint64_t in = wgmma_rows(shared_address(pipeline.in()));
+      for (int i = 0; i < 4; i++) {
+        if (16 * i >= p.rank) break;
+        for (uint32_t& pair : factor[i]) pin(pair);
+        wgmma_fence();
+        wgmma(sums, factor[i], in + i * kWgmmaNext, true);
+        wgmma_commit();
+      }
+      used = pipeline.empty();
+      pipeline.next();
+    }
+    wgmma_wait<0>();
+    release(used);
+    for (float& sum : sums) pin(sum);
+    if (p.parts > 1) add_parts<kTokens>(p, sums, pipeline.shared, part);
+    const int slice = kTokens / p.parts;
+    write<gradient, kTokens>(p, sums, out, feature, at.tokens * kTokens + part * slice, slice);
+  }
+  if (threadIdx.x % kWarpgroup == 0) wait_stores();
+}
+
+#endif
+
+template <bool gradient, int kTokens>
+__global__ __launch_bounds__(kThreads, Layout<kTokens>::kResident) void product_kernel(
+    const __grid_constant__ Arguments p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using L = Layout<kTokens>;
+  Pipeline<kTokens> pipeline;
+  pipeline.shared = shared_memory();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < L::kStages; i++) {
+      barrier_init(pipeline.full(), kFullArrivals);
+      barrier_init(pipeline.empty(), kEmptyArrivals);
+      pipeline.next();
+    }
+    fence_barrier_init();
+  }
+  pipeline.place = {0, 0};
+  __syncthreads();
+
+  const int part = blockIdx.x % p.parts;
+  if (threadIdx.x >= kFirstConsumer) {
+    grow_registers<L::kConsumerRegisters>();
+    consume<gradient, kTokens>(p, pipeline, part);
+    return;
+  }
+  shrink_registers<L::kProducerRegisters>();
+  if (threadIdx.x == 0) copy_tensors<gradient, kTokens>(p, pipeline, part);
+  if (threadIdx.x >= kFirstScaler) copy_scales<gradient, kTokens>(p, pipeline, part);
+  __syncwarp();
+  if (p.parts > 1) {  // a block of a cluster has one tile: these are the two of add_parts
+    cluster_sync();
+    cluster_sync();
+  }
+#endif
+}
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode find_encode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? (Encode)function : nullptr;
+}
+
+// A row-major matrix, and its tile in shared memory.
+struct Matrix {
+  CUtensorMapDataType type;
+  const void* data;
+  int64_t rows, columns;
+  int tile_rows, tile_columns;
+  CUtensorMapSwizzle swizzle;
+};
+
+bool describe(CUtensorMap* map, const Matrix& matrix) {
+  static const Encode encode = find_encode();
+  if (!encode) return false;
+  const int size = matrix.type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2 : 1;
+  const cuuint64_t extent[] = {(cuuint64_t)matrix.columns, (cuuint64_t)matrix.rows};
+  const cuuint64_t pitch[] = {(cuuint64_t)matrix.columns * size};
+  const cuuint32_t box[] = {(cuuint32_t)matrix.tile_columns, (cuuint32_t)matrix.tile_rows}, step[] = {1, 1};
+  return encode(map, matrix.type, 2, (void*)matrix.data, extent, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                matrix.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+bool describe(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int tile_rows) {
+  return describe(map, {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, data, rows, columns, tile_rows, kStep,
+                        CU_TENSOR_MAP_SWIZZLE_128B});
+}
+
+template <bool gradient, int kTokens>
+int launch(const ProductSm90& product, const Work& work, int processors, cudaStream_t stream) {
+  using L = Layout<kTokens>;
+  const Weight& w = product.weight;
+  const int64_t features = gradient ? w.columns : w.rows, contraction = gradient ? w.rows : w.columns;
+  Arguments p = {};
+  p.scales = (const uint16_t*)w.scales;
+  p.bias = product.bias;
+  p.factor = (const uint16_t*)product.factor;
+  p.blocks = int4::blocks(w.columns, w.block);
+  p.block = w.block;
+  p.rank = product.rank;
+  p.features = (int)features;
+  p.steps = (int)(contraction / kStep);
+  p.feature_tiles = (int)tiles(features, kFeatures);
+  p.token_tiles = (int)tiles(product.tokens, kTokens);
+  p.first = work.first;
+  p.end = work.end;
+  p.parts = work.parts;
+
+  const Matrix codes = {CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, w.rows, int4::row_bytes(w.columns),
+                        gradient ? kStep : kFeatures, (gradient ? kFeatures : kStep) / 2,
+                        gradient ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B};
+  if (!describe(&p.codes, codes) || !describe(&p.in, product.in, product.tokens, contraction, kTokens) ||
+      !describe(&p.out, product.out, product.tokens, features, kTokens / p.parts)) {
+    return cudaErrorInvalidValue;
+  }
+  if (p.rank && !describe(&p.low, product.low, product.tokens, p.rank, kTokens)) return cudaErrorInvalidValue;
+
+  const auto kernel = product_kernel<gradient, kTokens>;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = p.parts;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((unsigned)blocks_of(work, (int64_t)processors * L::kResident));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = L::kBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+int launch(const ProductSm90& product, const Work& work, int processors, cudaStream_t stream) {
+  const auto with_tokens = [&](auto gradient) {
+    switch (work.tokens) {
+      case 256: return launch<decltype(gradient)::value, 256>(product, work, processors, stream);
+      case 128: return launch<decltype(gradient)::value, 128>(product, work, processors, stream);
+      default: return launch<decltype(gradient)::value, 64>(product, work, processors, stream);
+    }
+  };
+  return product.gradient ? with_tokens(std::true_type()) : with_tokens(std::false_type());
+}
+
+struct Device {
+  int major = 0, minor = 0, processors = 0;
+  Device() {
+    int device;
+    if (cudaGetDevice(&device) != cudaSuccess) return;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+};
+
+// Whether a kernel was compiled for sm_90a, where alone it is not empty, and is launched with the registers that its
+// warpgroups then share out.
+template <bool gradient, int kTokens>
+bool compiled() {
+  cudaFuncAttributes found;
+  return cudaFuncGetAttributes(&found, product_kernel<gradient, kTokens>) == cudaSuccess &&
+         found.numRegs == Layout<kTokens>::kLaunchRegisters;
+}
+
+template <int... kTokens>
+bool all_compiled() {
+  return ((compiled<false, kTokens>() && compiled<true, kTokens>()) && ...);
+}
+
+bool aligned(const void* pointer, int bytes) { return (uintptr_t)pointer % bytes == 0; }
+
+}  // namespace
+
+}  // namespace sm90
+
+bool product_sm90_takes(const ProductSm90& product) {
+  using namespace sm90;
+  const Weight& w = product.weight;
+  constexpr int64_t kMost = INT32_MAX / 4;  // tiles at the edges reach beyond
+  if (!w.codes || w.float32_scales || (w.block != 64 && w.block != 32)) return false;
+  if (w.rows == 0 || w.rows % kStep || w.rows > kMost) return false;
+  if (w.columns == 0 || w.columns % kStep || w.columns > kMost || product.tokens > kMost) return false;
+  if (!aligned(product.in, 16) || !aligned(product.out, 16)) return false;
+  if (!aligned(w.codes, 16) || !aligned(w.scales, 4)) return false;
+  if (product.rank % 8 || product.rank < 0 || product.rank > kMaxRank) return false;
+  if (product.rank && (!aligned(product.low, 16) || !aligned(product.factor, 4))) return false;
+  const Device device;
+  if (device.major != 9 || device.minor != 0) return false;
+  static const bool ready = all_compiled<64, 128, 256>();
+  return ready;
+}
+
+int product_sm90(const ProductSm90& product, void* stream) {
+  using namespace sm90;
+  if (product.tokens == 0) return cudaSuccess;
+  const Device device;
+  const int64_t features = product.gradient ? product.weight.columns : product.weight.rows;
+  const int64_t contraction = product.gradient ? product.weight.rows : product.weight.columns;
+  const Plan plan = choose(features, product.tokens, contraction, device.processors);
+  for (const Work& work : {plan.whole, plan.shared}) {
+    if (work.first == work.end) continue;
+    const int status = launch(product, work, device.processors, (cudaStream_t)stream);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace entrenar

@@ -1,0 +1,198 @@
+// Where everything lies in product_sm90.cu: fragments of wgmma, tiles in shared memory, and the order of the tiles.
+// "Features" are the columns of the product: the weight's rows, or its columns in the gradient.
+#pragma once
+
+#include "../int4.h"
+
+namespace entrenar::sm90 {
+
+constexpr int kStep = 64;                  // of the contraction, a stage of the pipeline
+constexpr int kWarpgroupFeatures = 64;     // the m of wgmma
+constexpr int kFeatures = 2 * kWarpgroupFeatures;
+constexpr int kCodesBytes = kFeatures * kStep / 2;
+constexpr int kSwizzleBytes = 16;          // swizzles move chunks of 16 bytes
+
+// A lane of a warp holds, of the warp's 16 x 16 part of wgmma's a, rows lane / 4 and that + 8 (half 0 and 1), columns
+// 2 * (lane % 4) + {0, 1, 8, 9}; of d the same rows, and columns 2 * (lane % 4) + {0, 1} of every 8.
+
+// The 8 features of a warpgroup's 64, counted in eights, that half of warp's rows stand for. In the gradient a byte
+// of codes holds two features that are 16 apart, and one lane takes both.
+INT4_HD int feature_chunk(bool gradient, int warp, int half) {
+  return gradient ? warp / 2 * 4 + warp % 2 + 2 * half : 2 * warp + half;
+}
+
+// Rows of 128 bytes that TMA wrote, or will read, with the 128-byte swizzle.
+INT4_HD int swizzled_128(int row, int chunk) { return row * 128 + kSwizzleBytes * (chunk ^ (row & 7)); }
+
+// Forward: the codes of a stage are 128 rows of 32 bytes, a group in each half, with the 32-byte swizzle. The bytes at
+// 2 * t and 2 * t + 1 of a group hold in their low nibbles the values that lane t needs in the group's first 16, and
+// in their high nibbles those of its second 16; 8 bytes on lie its other two values.
+INT4_HD int forward_codes(int row, int group) { return row * 32 + kSwizzleBytes * (group ^ (row >> 2 & 1)); }
+
+// Gradient: 64 rows of 64 bytes, with the 64-byte swizzle.
+INT4_HD int gradient_codes(int row, int byte) {
+  return row * 64 + kSwizzleBytes * (byte / kSwizzleBytes ^ (row >> 1 & 3)) + byte % kSwizzleBytes;
+}
+
+// The byte of a row of codes that lane / 4 of a warp reads, within its warpgroup's 32.
+INT4_HD int gradient_byte(int warp, int lane) { return 8 * warp + lane / 4; }
+
+// Scales are split in two bfloat16, high and low. Forward: for each group and row {high, high, low, low}.
+// Gradient: for each 32 features and pair of rows {high, high, low, low} of the two.
+INT4_HD int forward_scales(int group, int row) { return group * kFeatures * 8 + row * 8; }
+INT4_HD int gradient_scales(int slot, int row) { return slot * kStep * 4 + row / 2 * 8 + row % 2 * 2; }
+constexpr int kScales = 2 * kStep;  // pairs of scales of a stage
+constexpr int kScalesBytes = 2 * kFeatures * 8;
+constexpr int kScalesLow = 4;
+
+struct alignas(8) Scales {
+  uint32_t high, low;
+};
+
+// Two bfloat16 in a word, the first one low.
+
+INT4_HD uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#else
+  uint32_t d = 0;
+  for (int i = 0; i < 32; i += 16) {
+    const float product = int4::bfloat16_to_float(a >> i) * int4::bfloat16_to_float(b >> i);  // 16 bits: exact
+    // Exact too where this is used: the sum of products of one scale's two parts with a code.
+    d |= (uint32_t)int4::float_to_bfloat16(product + int4::bfloat16_to_float(c >> i)) << i;
+  }
+  return d;
+#endif
+}
+
+INT4_HD uint32_t multiply_pair(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t d;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+#else
+  return fma_pair(a, b, 0x80008000);
+#endif
+}
+
+INT4_HD uint32_t subtract_pair(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t d;
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+#else
+  return fma_pair(b, 0xbf80bf80, a);
+#endif
+}
+
+// The low nibbles u of a word's two halves, as 128 + u.
+INT4_HD uint32_t spread_pair(uint32_t codes) {
+#if defined(__CUDA_ARCH__)
+  uint32_t d;
+  asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(d) : "r"(codes), "r"(0x43004300));  // a & b | c
+  return d;
+#else
+  return (codes & 0x000f000f) | 0x43004300;
+#endif
+}
+
+// A float16 scale is the sum of two bfloat16: its leading 8 bits, and the 3 that are left, low and high in a word.
+INT4_HD uint32_t split_scale(uint16_t half) {
+#if defined(__CUDA_ARCH__)
+  float s;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(s) : "h"(half));
+#else
+  const float s = int4::half_to_float(half);
+#endif
+  const uint32_t high = int4::float_bits(s) & 0xffff0000;
+  // Zero takes the sign of s, that 0 * s may.
+  const uint32_t low = int4::float_bits(s - int4::bits_float(high)) | (high & 0x80000000);
+  return high >> 16 | (low & 0xffff0000);
+}
+
+// The low nibbles of a word's two halves times their scales: q * low is exact, so that the sum rounds once.
+INT4_HD uint32_t decode_pair(uint32_t codes, uint32_t scale_high, uint32_t scale_low) {
+  const uint32_t q = subtract_pair(spread_pair(codes), 0x43084308);  // 128 + int4::kZeroNibble
+  return fma_pair(q, scale_high, multiply_pair(q, scale_low));
+}
+
+// Bytes 0 and 1 of a word, each in a half of its own.
+INT4_HD uint32_t spread_bytes(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(word, 0, 0x4140);
+#else
+  return (word & 0xff) | (word & 0xff00) << 8;
+#endif
+}
+
+// Fragments of 32 of a stage's 64: wgmma's first operand for two multiplications, to thread of the consumers'.
+using Fragments = uint32_t[2][4];
+
+template <bool gradient>
+INT4_HD void decode(Fragments& a, const char* codes, const char* scales, int thread, int group) {
+  const int warpgroup = thread / 128, warp = thread % 128 / 32, lane = thread % 32, pair = 2 * (lane % 4);
+  if (gradient) {
+    const int byte = warpgroup * (kWarpgroupFeatures / 2) + gradient_byte(warp, lane);
+    for (int k = 0; k < 2; k++) {
+      for (int i = 0; i < 2; i++) {
+        const int row = 16 * (2 * group + k) + pair + 8 * i;
+        const uint32_t both = *(const uint8_t*)(codes + gradient_codes(row, byte)) |
+                              *(const uint8_t*)(codes + gradient_codes(row + 1, byte)) << 16;
+        const Scales scale = *(const Scales*)(scales + gradient_scales(2 * warpgroup + warp / 2, row));
+        a[k][2 * i] = decode_pair(both, scale.high, scale.low);
+        a[k][2 * i + 1] = decode_pair(both >> 4, scale.high, scale.low);
+      }
+    }
+  } else {
+    for (int half = 0; half < 2; half++) {
+      const int row = kWarpgroupFeatures * warpgroup + 16 * warp + 8 * half + lane / 4;
+      const Scales scale = *(const Scales*)(scales + forward_scales(group, row));
+      for (int i = 0; i < 2; i++) {
+        const uint32_t both = spread_bytes(*(const uint16_t*)(codes + forward_codes(row, group) + pair + 8 * i));
+        a[0][2 * i + half] = decode_pair(both, scale.high, scale.low);
+        a[1][2 * i + half] = decode_pair(both >> 4, scale.high, scale.low);
+      }
+    }
+  }
+}
+
+// A pair of scales, in memory those of two groups of a row.
+template <bool gradient>
+INT4_HD void write_scales(char* scales, int index, uint32_t pair) {
+  for (int i = 0; i < 2; i++) {
+    const uint32_t split = split_scale(pair >> 16 * i);
+    if (gradient) {
+      uint16_t* const to = (uint16_t*)(scales + gradient_scales(2 * (index / kStep) + i, index % kStep));
+      to[0] = split;
+      to[kScalesLow / 2] = split >> 16;
+    } else {
+      *(Scales*)(scales + forward_scales(i, index)) = {(split & 0xffff) * 0x10001, (split >> 16) * 0x10001};
+    }
+  }
+}
+
+// The output's tile, rows of 64 features: the row of 8 of them that a lane addresses for stmatrix, which takes the
+// features of both halves by 16 tokens; the next 16 tokens lie kNextTokens on.
+INT4_HD int stored_row(bool gradient, int warp, int lane) {
+  return swizzled_128(8 * (lane / 16) + lane % 8, feature_chunk(gradient, warp, lane / 8 % 2));
+}
+constexpr int kNextTokens = 16 * 128;
+
+// The order of the tiles: runs of kRun token tiles by all features, so that blocks which work at one time share both.
+
+constexpr int kRun = 4;
+
+struct Tile {
+  int features, tokens;
+};
+
+INT4_HD Tile tile_at(int64_t index, int feature_tiles, int token_tiles) {
+  const int64_t run = index / ((int64_t)kRun * feature_tiles), first = run * kRun;
+  const int width = token_tiles - first < kRun ? (int)(token_tiles - first) : kRun;
+  const int64_t within = index - first * feature_tiles;
+  return {(int)(within / width), (int)(first + within % width)};
+}
+
+}  // namespace entrenar::sm90
