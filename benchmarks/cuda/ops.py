@@ -29,7 +29,8 @@ Op = Callable[..., Any]
 
 
 def randn(*shape: int, grad: bool = True) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device="cuda").requires_grad_(grad)
+    """Random numbers, drawn on the CPU: a capture that fails leaves a GPU's generator unusable."""
+    return torch.randn(shape).to("cuda", torch.bfloat16).requires_grad_(grad)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def cases() -> dict[str, tuple[dict[str, Op], tuple[Any, ...]]]:
     # As attention gets it: a transpose of [1, tokens, heads, head].
     q = randn(1, TOKENS, HEADS, HEAD, grad=False).transpose(1, 2).requires_grad_()
     cos, sin = randn(1, 1, TOKENS, HEAD, grad=False), randn(1, 1, TOKENS, HEAD, grad=False)
-    target = torch.randint(CLASSES, (TOKENS,), device="cuda")
+    target = torch.randint(CLASSES, (TOKENS,)).cuda()
     frozen, weight = randn(WIDTH, grad=False), randn(WIDTH)
     shape = (WIDTH,)
     found: dict[str, tuple[dict[str, Op], tuple[Any, ...]]] = {
@@ -120,7 +121,7 @@ def measure(name: str, contenders: dict[str, Op], arguments: tuple[Any, ...], ma
     inputs = [arguments, *(tuple(map(copied, arguments)) for _ in range(count - 1))]
     with torch.no_grad():  # a graph that lives on would tie its leaves to another stream than that of the capture
         y = contenders["torch"](*arguments)
-    dy = tree_map(torch.randn_like, y)
+    dy = tree_map(lambda x: torch.randn(x.shape).to(x), y)
     forward = bytes_of(arguments, y)
     # The forward's bytes once, dy and what the forward was given or made once more, and the gradients.
     both = forward + bytes_of(dy, arguments, differentiable(arguments))

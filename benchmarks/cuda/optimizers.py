@@ -53,9 +53,10 @@ def measure(machine: dict[str, float]) -> list[dict[str, Any]]:
     for title, shapes in SHAPES.items():
         contenders = {}
         for name, (_, _, make) in makers().items():
-            params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
+            # Not random: a capture that fails, as some peers' do, leaves the GPU's generator unusable.
+            params = [torch.nn.Parameter(torch.ones(shape, device="cuda")) for shape in shapes]
             for param in params:
-                param.grad = torch.randn_like(param)
+                param.grad = torch.linspace(-1, 1, param.numel(), device="cuda").view_as(param)
             optimizer = make(params)
             contenders[name] = lambda _, optimizer=optimizer: optimizer.step()
         times = interleaved(contenders, 1, ROUNDS)

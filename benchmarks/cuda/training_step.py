@@ -1,5 +1,4 @@
-"""Whole QLoRA training steps on a GPU: this package, as it is and captured in a CUDA graph, and PEFT + bitsandbytes NF4
-under bf16 autocast.
+"""Whole QLoRA training steps on a GPU: this package, and PEFT + bitsandbytes NF4 under bf16 autocast.
 
 Models have random weights in the shapes of Llama 7B and SmolLM2-135M. Each is laid out on the meta device and every
 linear layer quantized on the GPU as it is made, so that the 16-bit model never exists. Rank 16 on all linear layers,
@@ -130,34 +129,6 @@ def ours(name: str) -> tuple[nn.Module, Any, Step]:
     return model, optimizer, step
 
 
-def ours_captured(name: str) -> tuple[nn.Module, Any, Step]:
-    """Our step, captured when a shape of ids is first met, and replayed: Python and the launches take no time then."""
-    model, optimizer, step = ours(name)
-    captured: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-
-    def replayed(ids: Tensor) -> Tensor:
-        if ids.shape not in captured:
-            captured.clear()
-            static = ids.clone()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    step(static)
-            torch.cuda.current_stream().wait_stream(stream)
-            torch.cuda.empty_cache()  # the graph's memory is its own
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                loss = step(static)
-            captured[ids.shape] = graph, static, loss
-        graph, static, loss = captured[ids.shape]
-        static.copy_(ids)
-        graph.replay()
-        return loss
-
-    return model, optimizer, replayed
-
-
 def peers(name: str) -> tuple[nn.Module, Any, Step]:
     import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model
@@ -190,7 +161,7 @@ def peers(name: str) -> tuple[nn.Module, Any, Step]:
     return model, optimizer, step
 
 
-SIDES = {"entrenar": ours, "entrenar, CUDA graph": ours_captured, "PEFT + bitsandbytes": peers}
+SIDES = {"entrenar": ours, "PEFT + bitsandbytes": peers}
 
 
 def nbytes(tensors: Any) -> int:
@@ -282,7 +253,7 @@ def measure(side: str, name: str, chosen: list[int]) -> None:
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("side", "model", "batch_size", "length", "recompute", "cap_gb"))
+    return tuple(row[name] for name in ("model", "batch_size", "length", "recompute", "cap_gb"))
 
 
 def earlier_rows() -> list[dict[str, Any]]:
@@ -300,9 +271,9 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     compared = []
     for (side, *rest), mine in trained.items():
         theirs = trained.get(("PEFT + bitsandbytes", *rest))
-        if side.startswith("entrenar") and theirs:
+        if side == "entrenar" and theirs:
             compared.append(
-                {name: mine[name] for name in ("side", "model", "batch_size", "length", "recompute", "cap_gb")}
+                {name: mine[name] for name in ("model", "batch_size", "length", "recompute", "cap_gb")}
                 | {name: round(mine[name] / theirs[name], 3) for name in ("tokens_per_second", "peak_gb")}
             )
     return compared
@@ -324,7 +295,7 @@ def main() -> None:
     rows = [] if arguments.again else earlier_rows()
     notes = []
     for side, name in [(side, name) for name in arguments.models for side in arguments.sides]:
-        if side == "PEFT + bitsandbytes" and not all(map(importlib.util.find_spec, ("bitsandbytes", "peft"))):
+        if side != "entrenar" and not all(map(importlib.util.find_spec, ("bitsandbytes", "peft"))):
             notes.append(f"{name}: {side} is not installed here")
             continue
         done = {key(row) for row in rows}

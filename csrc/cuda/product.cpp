@@ -59,15 +59,14 @@ bool are_few(const Tensor& x, const Weight& w, bool transposed) {
   return transposed && rows_of(x) < kManyRows && int4_dot_takes(w, dtype_of(x, "x"), rows_of(x));
 }
 
-// From how many rows of x on Hopper's own kernel, which decodes W on the way to the tensor cores, is to take less time
-// than decoding W first. Expected from the cycles in choose (product_sm90_pipeline.h), against the decoded way's times on
-// an H200: for 512, 2048 and 4096 rows 37.5, 102 and 188 us at 4096 x 4096, and 94, 275 and 519 at 11008 x 4096; a term
-// takes 15 to 25 more at 4096 rows; the gradient is within a tenth of those.
-constexpr int64_t kHopperRows = 24, kHopperGradientRows = 24, kHopperTermRows = 24, kHopperGradientTermRows = 24;
+// Where Hopper's own kernel, which decodes W on the way to the tensor cores, takes less time than decoding W first. On
+// an H200, at 4096 x 4096 and 11008 x 4096 and back, it takes 0.5 to 1 of that for y, the less the fewer rows there are,
+// and 0.5 to 0.9 with an adapter's term. For dx its loads are narrower, and many rows are better off with torch's
+// product: 1.1 to 1.2 of that time for 2048 rows, or 1 with a term.
+constexpr int64_t kManyGradientRows = 1024, kManyGradientRowsWithTerm = 2048;
 
 bool pays_on_hopper(int64_t rows, bool transposed, bool with_term) {
-  if (with_term) return rows >= (transposed ? kHopperTermRows : kHopperGradientTermRows);
-  return rows >= (transposed ? kHopperRows : kHopperGradientRows);
+  return rows >= kManyRows && (transposed || rows < (with_term ? kManyGradientRowsWithTerm : kManyGradientRows));
 }
 
 bool is_for_hopper(const Tensor& x, const ProductSm90& product) {

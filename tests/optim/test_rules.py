@@ -246,7 +246,7 @@ def test_parameters_that_are_not_contiguous_are_trained(backend):
         assert torch.equal(turned, dense)
 
 
-@pytest.mark.parametrize("cls", [optim.SGD, optim.Adam, optim.AdamW, optim.Lion, *set(EIGHT_BITS.values())])
+@pytest.mark.parametrize("cls", [optim.SGD, optim.Adam, optim.AdamW, optim.Lion, *dict.fromkeys(EIGHT_BITS.values())])
 def test_hooks_closures_groups_and_schedulers_work_as_torchs(cls):
     first, second = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
     optimizer = cls([("first", first)], lr=0.1)

@@ -1,4 +1,4 @@
-"""torch.compile of operations that are given one tensor twice."""
+"""torch.compile of operations: given one tensor twice, and by a compiler that they are not tested with."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from entrenar.autograd import ops
+from entrenar.autograd.ops import _override
 
 FUNCTIONS = {
     "square": lambda x: ops.mul(x, x),
@@ -28,3 +29,19 @@ def test_compiles_without_graph_breaks(name):
         y = f(x)
         results.append((y, *torch.autograd.grad(y.sin().sum(), x)))
     torch.testing.assert_close(*results)
+
+
+def test_an_older_compiler_goes_around(monkeypatch):
+    monkeypatch.setattr(_override, "COMPILES", False)
+    runs = []
+
+    @_override.overridable
+    def double(x):
+        runs.append(torch.compiler.is_compiling())
+        return 2 * x
+
+    x = torch.randn(4)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"compiles with torch 2\.13 or later"):
+        torch.compile(lambda x: double(x).sin(), fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(torch.compile(lambda x: double(x).sin(), backend="aot_eager")(x), (2 * x).sin())
+    assert runs == [False]
