@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_planted import CASES
+from test_planted import CASES, FLOAT32_CASES
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 # Torch's own functional transforms compile with torch.jit when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+INT4 = {name: case[:2] for name, case in FLOAT32_CASES.items() if name.startswith("Int4")}
 # Not among them: the head's loss, whose module runs in pieces.
-NAMES = pytest.mark.parametrize("name", [name for name in CASES if name != "HeadCrossEntropyFunction"])
+NAMES = pytest.mark.parametrize("name", [name for name in {**CASES, **INT4} if name != "HeadCrossEntropyFunction"])
 
 
 def case(name: str) -> tuple:
     """The function, always with the same random numbers; its inputs; and the numbers of its arguments."""
-    fn, inputs = CASES[name]
-    inputs = [x.double() for x in ([inputs] if isinstance(inputs, Tensor) else inputs)]
+    fn, inputs = {**CASES, **INT4}[name]
+    inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+    if name in CASES:
+        inputs = [x.double() for x in inputs]
 
     def repeatable(*xs: Tensor) -> Tensor:
         torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,17 +29,30 @@ class Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
-def is_transformed() -> bool:
-    """Whether torch.compile or torch.func sees the ops that are called now: it differentiates what is registered."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
 def below_autograd(op: Any, *args: Any) -> Any:
-    """The results of the op's kernel. A Function keeps the graph itself, and torch's part for that takes its time.
-
-    Where a gradient is to be differentiated again, that part has its turn.
-    """
-    if torch.is_grad_enabled():
-        return op(*args)
+    """The results of the op's kernel. A Function keeps the graph itself, and torch's part for that takes its time."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+class OnceDifferentiable(Function):
+    """Gradients that call(*tensors) computes, which have none themselves."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, call: Callable[..., tuple[torch.Tensor, ...]], *tensors: torch.Tensor) -> Any:
+        return call(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise RuntimeError(f"{ctx.name} has no second derivative: its gradient was computed without create_graph=True")
+
+
+def once_differentiable(name: str, call: Callable[..., tuple[torch.Tensor, ...]], *tensors: torch.Tensor) -> Any:
+    """call(*tensors), whose gradient is refused in the name of an operation."""
+    return OnceDifferentiable.apply(name, call, *tensors) if torch.is_grad_enabled() else call(*tensors)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch.utils._pytree import tree_map
 
 LEVELS = ("base", "avx2", "avx512")
 
@@ -20,6 +21,23 @@ def define(schema: str, fake: Callable) -> None:
     name = library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"entrenar::{name}", fake, lib=library)
     _defined.append(name)
+
+
+def batch_by_loop(op: torch._ops.OpOverload) -> None:
+    """Let torch.func.vmap call `op` for one element of the batch after the other."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+        def element(i: int) -> Any:
+            def of(x: Any, dim: int | None) -> Any:
+                return x if dim is None else x.select(dim, i)
+
+            return op(*tree_map(of, args, in_dims))
+
+        results = [element(i) for i in range(info.batch_size)]
+        stacked = tree_map(lambda *xs: torch.stack(xs), *results)
+        return stacked, tree_map(lambda _: 0, stacked)
+
+    torch.library.register_vmap(op, rule, lib=library)
 
 
 def load_kernels() -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
-from entrenar.autograd.ops._function import Function, below_autograd, is_transformed
-from entrenar.autograd.ops._library import define
+from entrenar.autograd.ops._function import Function, below_autograd
+from entrenar.autograd.ops._library import batch_by_loop, define
 from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4 import check_packed, int4_dequantize_reference
 
@@ -44,7 +44,7 @@ def int4_linear(
     """
     x = autocast(x)
     check_linear(x, codes, scales, bias, block)
-    op = torch.ops.entrenar.int4_linear if is_transformed() else Int4LinearFunction.apply
+    op = torch.ops.entrenar.int4_linear if torch.compiler.is_compiling() else Int4LinearFunction.apply
     return op(x, codes, scales, wide_bias(bias), block, int8)
 
 
@@ -104,6 +104,8 @@ define(
 class Int4LinearFunction(Function):
     """y = x Wᵀ + b; dx = dy W."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, block: int, int8: bool = False
@@ -119,16 +121,18 @@ class Int4LinearFunction(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         codes, scales = ctx.saved_tensors
-        dx = below_autograd(torch.ops.entrenar.int4_linear_dx.default, dy, codes, scales, ctx.in_features, ctx.block)
+        dx = Int4LinearDxFunction.apply(dy, codes, scales, ctx.in_features, ctx.block)
         return dx, None, None, None, None, None
 
 
 class Int4LinearDxFunction(Function):
     """dx = dy W is linear in dy, so its own derivative is the forward map again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(dy: Tensor, codes: Tensor, scales: Tensor, in_features: int, block: int) -> Tensor:
-        return torch.ops.entrenar.int4_linear_dx(dy, codes, scales, in_features, block)
+        return below_autograd(torch.ops.entrenar.int4_linear_dx.default, dy, codes, scales, in_features, block)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -138,8 +142,9 @@ class Int4LinearDxFunction(Function):
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
         codes, scales = ctx.saved_tensors
-        return torch.ops.entrenar.int4_linear(ddx, codes, scales, None, ctx.block), None, None, None, None
+        return Int4LinearFunction.apply(ddx, codes, scales, None, ctx.block, False), None, None, None, None
 
 
 for _op, _function in (("int4_linear", Int4LinearFunction), ("int4_linear_dx", Int4LinearDxFunction)):
     torch.library.register_autograd(f"entrenar::{_op}", _function.backward, setup_context=_function.setup_context)
+    batch_by_loop(getattr(torch.ops.entrenar, _op).default)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
-from entrenar.autograd.ops._function import Function, below_autograd, is_transformed
-from entrenar.autograd.ops._library import define
+from entrenar.autograd.ops._function import Function, below_autograd, once_differentiable
+from entrenar.autograd.ops._library import batch_by_loop, define
 from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4_linear import check_linear, int4_linear_reference, wide_bias
 
@@ -58,7 +58,7 @@ def int4_lora_linear(
         lora_x = autocast(lora_x)
         if lora_x.shape != x.shape or lora_x.dtype != x.dtype:
             raise ValueError(f"lora_x is {tuple(lora_x.shape)} {lora_x.dtype}, and x {tuple(x.shape)} {x.dtype}")
-    op = torch.ops.entrenar.int4_lora_linear if is_transformed() else Int4LoRALinearFunction.apply
+    op = torch.ops.entrenar.int4_lora_linear if torch.compiler.is_compiling() else Int4LoRALinearFunction.apply
     y, _ = op(x, codes, scales, wide_bias(bias), lora_A.float(), lora_B.float(), float(scaling), block, lora_x, int8)
     return y
 
@@ -140,6 +140,8 @@ define(
 class Int4LoRALinearFunction(Function):
     """y = x Wᵀ + b + u Bᵀ with u = scaling x Aᵀ, which is kept for dB."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor,
@@ -170,13 +172,14 @@ class Int4LoRALinearFunction(Function):
     def backward(ctx: Any, dy: Tensor | None, du: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, codes, scales, lora_A, lora_B, u = ctx.saved_tensors
-        needs_dx = ctx.needs_input_grad[0]
-        op = torch.ops.entrenar.int4_lora_linear_backward.default
-        dx, d_lora_x, dA, dB = below_autograd(
-            op, dy, x, codes, scales, lora_A, lora_B, u, ctx.scaling, ctx.block, needs_dx, ctx.apart
-        )
-        return dx if needs_dx else None, None, None, None, dA, dB, None, None, d_lora_x if ctx.apart else None, None
+        needs_dx, scaling, block, apart = ctx.needs_input_grad[0], ctx.scaling, ctx.block, ctx.apart
+
+        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+            op = torch.ops.entrenar.int4_lora_linear_backward.default
+            return below_autograd(op, *tensors, scaling, block, needs_dx, apart)
+
+        dx, d_lora_x, dA, dB = once_differentiable("int4_lora_linear", gradients, dy, *ctx.saved_tensors)
+        return dx if needs_dx else None, None, None, None, dA, dB, None, None, d_lora_x if apart else None, None
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,3 +192,5 @@ torch.library.register_autograd(
     setup_context=Int4LoRALinearFunction.setup_context,
 )
 torch.library.register_autograd("entrenar::int4_lora_linear_backward", _refuse_second_derivative)
+batch_by_loop(torch.ops.entrenar.int4_lora_linear.default)
+batch_by_loop(torch.ops.entrenar.int4_lora_linear_backward.default)

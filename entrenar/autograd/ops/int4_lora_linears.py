@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
-from entrenar.autograd.ops._function import Function, below_autograd, is_transformed
-from entrenar.autograd.ops._library import define
+from entrenar.autograd.ops._function import Function, below_autograd, once_differentiable
+from entrenar.autograd.ops._library import batch_by_loop, define
 from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4_linear import check_linear
 from entrenar.autograd.ops.int4_lora_linear import check_lora, int4_lora_linear_reference
@@ -50,7 +50,7 @@ def int4_lora_linears(
         check_lora(x, c, A, B)
     lists = [*codes], [*scales], [A.float() for A in lora_A], [B.float() for B in lora_B]
     joined = _joined(bias, codes)
-    if is_transformed():
+    if torch.compiler.is_compiling():
         codes, scales, lora_A, lora_B = lists
         ys, _ = torch.ops.entrenar.int4_lora_linears(
             x, codes, scales, joined, lora_A, lora_B, float(scaling), block, int8
@@ -134,6 +134,8 @@ class Int4LoRALinearsFunction(Function):
     A Function takes no lists: its last arguments are all codes, all scales, all A, all B, its results all y, all u.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor, bias: Tensor | None, scaling: float, block: int, int8: bool, *layers: Tensor
@@ -170,11 +172,18 @@ def _keep(ctx: Any, x: Tensor, layers: Sequence[Tensor], us: Sequence[Tensor]) -
 
 def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     x, *saved = ctx.saved_tensors
-    codes, scales, lora_A, lora_B, us = _parts(saved, 5)
+    needs_dx, scaling, block = ctx.needs_input_grad[0], ctx.scaling, ctx.block
+
+    def gradients(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        dys, codes, scales, lora_A, lora_B, us = _parts(tensors, 6)
+        op = torch.ops.entrenar.int4_lora_linears_backward.default
+        dx, dA, dB = below_autograd(op, dys, x, codes, scales, lora_A, lora_B, us, scaling, block, needs_dx)
+        return dx, *dA, *dB
+
+    codes = saved[: len(dys)]
     whole = [x.new_zeros(*x.shape[:-1], len(c)) if dy is None else dy for dy, c in zip(dys, codes, strict=True)]
-    needs_dx = ctx.needs_input_grad[0]
-    op = torch.ops.entrenar.int4_lora_linears_backward.default
-    dx, dA, dB = below_autograd(op, whole, x, codes, scales, lora_A, lora_B, us, ctx.scaling, ctx.block, needs_dx)
+    dx, *rest = once_differentiable("int4_lora_linears", gradients, x, *whole, *saved)
+    dA, dB = _parts(rest, 2)
     return dx if needs_dx else None, dA, dB
 
 
@@ -202,3 +211,5 @@ torch.library.register_autograd(
     setup_context=_setup_op_context,
 )
 torch.library.register_autograd("entrenar::int4_lora_linears_backward", _refuse_second_derivative)
+batch_by_loop(torch.ops.entrenar.int4_lora_linears.default)
+batch_by_loop(torch.ops.entrenar.int4_lora_linears_backward.default)
