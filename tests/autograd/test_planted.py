@@ -110,7 +110,8 @@ FLOAT32_CASES = {
 
 def functions() -> dict[str, type[torch.autograd.Function]]:
     """Every Function that an operation is made of, by name."""
-    modules = [importlib.import_module(f"{ops.__name__}.{m.name}") for m in pkgutil.iter_modules(ops.__path__)]
+    names = [m.name for m in pkgutil.iter_modules(ops.__path__) if m.name != "_function"]
+    modules = [importlib.import_module(f"{ops.__name__}.{name}") for name in names]
     classes = [c for m in modules for _, c in inspect.getmembers(m, inspect.isclass) if c.__module__ == m.__name__]
     return {c.__name__: c for c in classes if issubclass(c, Function) and c is not Function}
 
