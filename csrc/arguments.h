@@ -45,10 +45,6 @@ inline void check_like(const Tensor& tensor, const char* name, const Tensor& x) 
   check_device(tensor, name, x);
 }
 
-inline void check_device(const Tensor& tensor, const Tensor& x) {
-  STD_TORCH_CHECK(tensor.get_device_index() == x.get_device_index(), "all tensors must be on x's device");
-}
-
 inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // An uninitialized contiguous tensor of x's shape and dtype.

@@ -51,7 +51,10 @@ Layer layer_of(const Tensor& x, const Tensor& codes, const Tensor& scales, const
                  lora_A.size(0)};
   dense_weight(layer.B, layer.w.rows, layer.rank, "lora_B");
   dense_weight(layer.A, layer.rank, layer.w.columns, "lora_A");
-  for (const Tensor& tensor : {codes, scales, lora_A, lora_B}) check_device(tensor, x);
+  check_device(codes, "codes", x);
+  check_device(scales, "scales", x);
+  check_device(lora_A, "lora_A", x);
+  check_device(lora_B, "lora_B", x);
   return layer;
 }
 
@@ -67,10 +70,27 @@ std::vector<Layer> layers_of(const Tensor& x, const Tensors& codes, const Tensor
   return layers;
 }
 
+// Columns that belong to the ranks of each layer.
+Tensors split_ranks(Tensor all, const std::vector<Layer>& layers) {
+  Tensors parts;
+  int64_t begin = 0;
+  for (const Layer& layer : layers) {
+    parts.push_back(torch::stable::clone(torch::stable::narrow(all, -1, begin, layer.rank)));
+    begin += layer.rank;
+  }
+  return parts;
+}
+
+int64_t ranks_of(const std::vector<Layer>& layers) {
+  int64_t ranks = 0;
+  for (const Layer& layer : layers) ranks += layer.rank;
+  return ranks;
+}
+
 std::tuple<Tensors, Tensors> forward(const Tensor& x, const Tensor& lora_x, const std::vector<Layer>& layers,
                                      std::optional<Tensor> bias, double scaling, bool int8) {
-  check_device(lora_x, x);
-  if (bias) check_device(*bias, x);
+  check_device(lora_x, "lora_x", x);
+  if (bias) check_device(*bias, "bias", x);
   const Tensor input = packed(x);
   Tensors us = project_down(packed(lora_x), layers, scaling), ys;
   int64_t begin = 0;
@@ -102,7 +122,8 @@ Gradients backward(const Tensors& dys, const Tensor& x, const std::vector<Layer>
   for (size_t i = 0; i < count; i++) {
     STD_TORCH_CHECK(dtype_of(dys[i], "dy") == dtype_of(x, "x") && dtype_of(us[i], "u") == dtype_of(x, "x"),
                     "dy, u and x must have the same dtype");
-    for (const Tensor& tensor : {dys[i], us[i]}) check_device(tensor, x);
+    check_device(dys[i], "dy", x);
+    check_device(us[i], "u", x);
     gradients.push_back(packed(dys[i]));
     downs.push_back(packed(us[i]));
     STD_TORCH_CHECK(gradients[i].numel() == rows * layers[i].w.rows && downs[i].numel() == rows * layers[i].rank,

@@ -19,7 +19,7 @@ struct OptimWork {
 };
 
 inline void check_on(const Tensor& tensor, const char* name, const Tensor& params) {
-  STD_TORCH_CHECK(tensor.get_device_index() == params.get_device_index(), name, " must be on the device of params");
+  check_device(tensor, name, params);
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
 

@@ -25,8 +25,7 @@ Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double s
     multiply(&term, 1, true, scale, std::nullopt, u);
     return {u};
   }
-  int64_t ranks = 0;
-  for (const Layer& layer : layers) ranks += layer.rank;
+  const int64_t ranks = ranks_of(layers);
   Tensor stacked = torch::stable::new_empty(layers[0].A, {ranks, x.size(-1)});
   auto* to = stacked.mutable_data_ptr<float>();
   for (const Layer& layer : layers) {
@@ -36,14 +35,7 @@ Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double s
   Tensor all = empty_with_last(x, ranks);
   const Term term = {x, dense_weight(stacked, ranks, x.size(-1), "lora_A")};
   multiply(&term, 1, true, scale, std::nullopt, all);
-
-  Tensors us;
-  int64_t begin = 0;
-  for (const Layer& layer : layers) {
-    us.push_back(torch::stable::clone(torch::stable::narrow(all, -1, begin, layer.rank)));
-    begin += layer.rank;
-  }
-  return us;
+  return split_ranks(all, layers);
 }
 
 Tensor project_up(const Tensor& x, const Tensor& u, const Layer& layer, const std::optional<Tensor>& bias, bool int8) {

@@ -31,7 +31,7 @@ Tensor int4_dequantize(const Tensor& codes, const Tensor& scales, int64_t in_fea
                        ScalarType dtype) {
   const Dtype decoded = decoded_dtype(dtype);
   const Weight w = int4_weight(codes, scales, in_features, block);
-  check_device(scales, codes);
+  check_device(scales, "scales", codes);
   check_aligned(w);
   Tensor out = torch::stable::new_empty(codes, {w.rows, in_features}, dtype);
   const OnDevice device(codes);

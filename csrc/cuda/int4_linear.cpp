@@ -13,8 +13,8 @@ namespace {
 
 Weight weight_of(const Tensor& x, const Tensor& codes, const Tensor& scales, int64_t columns, int64_t block) {
   STD_TORCH_CHECK(x.dim() > 0, "x must have at least one dimension");
-  check_device(codes, x);
-  check_device(scales, x);
+  check_device(codes, "codes", x);
+  check_device(scales, "scales", x);
   return int4_weight(codes, scales, columns, block);
 }
 
@@ -24,7 +24,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, s
   const Weight w = weight_of(x, codes, scales, x.size(-1), block);
   dtype_of(x, "x");
   check_bias(bias, w.rows);
-  if (bias) check_device(*bias, x);
+  if (bias) check_device(*bias, "bias", x);
   const OnDevice device(x);
   Tensor y = empty_with_last(x, w.rows), flat = matrix(y);
   multiply(matrix(packed(x)), w, true, bias, flat);

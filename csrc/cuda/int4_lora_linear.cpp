@@ -18,12 +18,6 @@ bool is_bfloat16(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat
 const uint16_t* bits_of(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
 uint16_t* bits_of(Tensor& x) { return static_cast<uint16_t*>(x.mutable_data_ptr()); }
 
-int64_t ranks_of(const std::vector<Layer>& layers) {
-  int64_t ranks = 0;
-  for (const Layer& layer : layers) ranks += layer.rank;
-  return ranks;
-}
-
 // Factors in x's dtype, [rank, columns]: each A, one under another.
 Tensor stacked_A(const Tensor& x, const std::vector<Layer>& layers) {
   if (!is_bfloat16(x) && layers.size() == 1) return layers[0].A;
@@ -79,19 +73,11 @@ Tensor project(const Tensor& x, const Tensor& factor, double scaling) {
 }
 
 Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double scaling) {
+  if (layers.size() > 1 && is_bfloat16(x)) return split_ranks(project(x, stacked_A(x, layers), scaling), layers);
+  // Torch's product may sum in another order where there are more columns, and a layer's result would not be that of its
+  // own call.
   Tensors us;
-  if (layers.size() == 1 || !is_bfloat16(x)) {
-    // Torch's product may sum in another order where there are more columns, and a layer's result would not be that of
-    // its own call.
-    for (const Layer& layer : layers) us.push_back(project(x, stacked_A(x, {layer}), scaling));
-    return us;
-  }
-  Tensor all = project(x, stacked_A(x, layers), scaling);
-  int64_t begin = 0;
-  for (const Layer& layer : layers) {
-    us.push_back(torch::stable::clone(torch::stable::narrow(all, -1, begin, layer.rank)));
-    begin += layer.rank;
-  }
+  for (const Layer& layer : layers) us.push_back(project(x, stacked_A(x, {layer}), scaling));
   return us;
 }
 

@@ -52,7 +52,7 @@ void multiply_few(const Tensor& x, const Weight& w, const std::optional<Tensor>&
                              device.stream()));
 }
 
-// From there on decoding W and torch's product take less time: on an H200, 24 us for 64 rows of 4096 by 4096, not 50.
+// From there on the ways below take less time: for 64 rows of 4096 x 4096 on an H200 this one took 50 us, those 18 to 21.
 constexpr int64_t kManyRows = 24;
 
 bool are_few(const Tensor& x, const Weight& w, bool transposed) {
@@ -60,9 +60,9 @@ bool are_few(const Tensor& x, const Weight& w, bool transposed) {
 }
 
 // Where Hopper's own kernel, which decodes W on the way to the tensor cores, takes less time than decoding W first. On
-// an H200, at 4096 x 4096 and 11008 x 4096 and back, it takes 0.5 to 1 of that for y, the less the fewer rows there are,
-// and 0.5 to 0.9 with an adapter's term. For dx its loads are narrower, and many rows are better off with torch's
-// product: 1.1 to 1.2 of that time for 2048 rows, or 1 with a term.
+// an H200, for 64 to 4096 rows at 4096 x 4096 and 11008 x 4096, it took 0.52 to 0.97 of that for y, and for dx 0.84 to
+// 1.09 up to 512 rows, 1.05 to 1.15 from 2048 on; benchmarks/results/cuda/int4_linear.json has both. A term is nearly
+// free in it, where the other way writes and reads all of the result once more.
 constexpr int64_t kManyGradientRows = 1024, kManyGradientRowsWithTerm = 2048;
 
 bool pays_on_hopper(int64_t rows, bool transposed, bool with_term) {

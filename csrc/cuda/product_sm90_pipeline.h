@@ -88,7 +88,8 @@ struct Plan {
 
 inline int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
 
-// Takes the least time, in cycles of a step and of what comes after the steps.
+// Takes the least time, in cycles of a step and of what comes after the steps. The cycles are estimates: on an H200 the
+// cut that they choose was not always the fastest, at worst 54 us where 38 were possible (128 rows, 4096 x 11008).
 inline Plan choose(int64_t features, int64_t tokens, int64_t contraction, int processors) {
   struct Kind {
     int tokens, resident, step, write, add;

@@ -35,6 +35,11 @@ def below_autograd(op: Any, *args: Any) -> Any:
         return op(*args)
 
 
+def no_second_derivative(op: str) -> RuntimeError:
+    """What is raised where a gradient is to be differentiated again, and cannot be."""
+    return RuntimeError(f"{op} has no second derivative: ask for its gradient without create_graph=True")
+
+
 class OnceDifferentiable(Function):
     """Gradients that call(*tensors) computes, which have none themselves."""
 
@@ -50,7 +55,7 @@ class OnceDifferentiable(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise RuntimeError(f"{ctx.name} has no second derivative: its gradient was computed without create_graph=True")
+        raise no_second_derivative(ctx.name)
 
 
 def once_differentiable(name: str, call: Callable[..., tuple[torch.Tensor, ...]], *tensors: torch.Tensor) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
-from entrenar.autograd.ops._function import Function, below_autograd, once_differentiable
+from entrenar.autograd.ops._function import Function, below_autograd, no_second_derivative, once_differentiable
 from entrenar.autograd.ops._library import batch_by_loop, define
 from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4_linear import check_linear, int4_linear_reference, wide_bias
@@ -183,7 +183,7 @@ class Int4LoRALinearFunction(Function):
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    raise RuntimeError("int4_lora_linear has no second derivative: its gradient was computed without create_graph=True")
+    raise no_second_derivative("int4_lora_linear")
 
 
 torch.library.register_autograd(

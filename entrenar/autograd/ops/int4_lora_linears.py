@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
-from entrenar.autograd.ops._function import Function, below_autograd, once_differentiable
+from entrenar.autograd.ops._function import Function, below_autograd, no_second_derivative, once_differentiable
 from entrenar.autograd.ops._library import batch_by_loop, define
 from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4_linear import check_linear
@@ -200,9 +200,7 @@ def _op_backward(ctx: Any, dys: list[Tensor | None] | None, dus: None) -> tuple[
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    raise RuntimeError(
-        "int4_lora_linears has no second derivative: its gradient was computed without create_graph=True"
-    )
+    raise no_second_derivative("int4_lora_linears")
 
 
 torch.library.register_autograd(

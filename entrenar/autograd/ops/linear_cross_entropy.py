@@ -14,7 +14,7 @@ from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
 from entrenar.autograd.ops._cross_entropy import losses_of, reduce, refuse_no_class, turn_into_gradient
-from entrenar.autograd.ops._function import Function
+from entrenar.autograd.ops._function import Function, no_second_derivative
 from entrenar.autograd.ops._library import define, library
 from entrenar.autograd.ops._override import overridable
 
@@ -109,7 +109,7 @@ def gradient_factor(target: Tensor, ignore_index: int, reduction: str, dtype: to
 def refuse_second_derivative(op: str) -> None:
     """Raise RuntimeError in a backward whose result is to be differentiated again."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{op} has no second derivative: ask for its gradient without create_graph=True")
+        raise no_second_derivative(op)
 
 
 def _linear_cross_entropy_fake(
