@@ -5,11 +5,28 @@
 
 #include <atomic>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace entrenar {
 
 namespace {
 
-enum Level : int64_t { kBase, kAvx2, kAvx512, kLevels };
+enum Level : int64_t { kBase, kAvx2, kAvx512, kAmx, kLevels };
+
+#if defined(__x86_64__)
+// Whether the processor has them, and the system lets this process use them once it has asked for them.
+bool has_matrix_registers() {
+  constexpr unsigned kBFloat16 = 1u << 22, kRegisters = 1u << 24;  // of EDX
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBFloat16) || !(d & kRegisters)) return false;
+  constexpr long kRequestFeature = 0x1023, kRegistersFeature = 18;
+  return syscall(SYS_arch_prctl, kRequestFeature, kRegistersFeature) == 0;
+}
+#endif
 
 bool has(int64_t level) {
 #if defined(__x86_64__)
@@ -21,6 +38,7 @@ bool has(int64_t level) {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
   }
+  if (level == kAmx) return has(kAvx512) && has_matrix_registers();
 #endif
   return level == kBase;
 }
@@ -48,7 +66,7 @@ bool set_cpu_level(int64_t level) {
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
-  static const Kernels* const levels[] = {&kernels_base, &kernels_avx2, &kernels_avx512};
+  static const Kernels* const levels[] = {&kernels_base, &kernels_avx2, &kernels_avx512, &kernels_amx};
   return *levels[current()];
 #else
   return kernels_base;

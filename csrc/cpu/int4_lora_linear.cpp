@@ -72,7 +72,7 @@ Tensor outer(const Tensor& narrow, const Tensor& wide, bool transposed) {
   const int64_t rows = rows_of(narrow), rank = narrow.size(-1), columns = wide.size(-1);
   const Kernels& k = kernels();
   const Dtype dtype = dtype_of(wide, "x");
-  auto* packed = static_cast<uint32_t*>(workspace.reserve(rows * rank * sizeof(uint32_t)));
+  auto* packed = static_cast<uint32_t*>(workspace.reserve((rows + 16) * rank * sizeof(uint32_t)));
   k.pack_outer(narrow.const_data_ptr(), dtype, rows, rank, packed);
   Tensor out = torch::stable::new_empty(wide, {rank, columns}, ScalarType::Float);
   const void* from = wide.const_data_ptr();

@@ -19,8 +19,8 @@ namespace {
 // x as the units that the kernel reads: in place where its memory already is that, else in the workspace.
 Units units_of(const Tensor& x, int64_t rows, int64_t columns, bool pairs, Workspace& workspace) {
   const Dtype dtype = dtype_of(x, "x");
-  const int64_t stride = pairs ? (columns + 1) / 2 : columns;
-  const bool in_place = pairs ? columns % 2 == 0 : dtype == kFloat32;
+  const int64_t stride = kernels().units_stride(columns, pairs);
+  const bool in_place = pairs ? columns == 2 * stride : dtype == kFloat32;
   if (in_place) return {static_cast<const uint32_t*>(x.const_data_ptr()), stride};
 
   auto* units = static_cast<uint32_t*>(workspace.reserve(rows * stride * sizeof(uint32_t)));
@@ -62,18 +62,16 @@ Units packed_rows_of(const Tensor& x, int64_t rows, int64_t columns, bool pairs,
   return {units, rows};
 }
 
-// Rows are split first, for then each thread reads its own part of x; a weight is decoded anew for each part of the
-// rows, which is negligible from this many on.
-constexpr int64_t kRowsToSplit = 192;
 constexpr int64_t kRowsAtOnce = 512;  // whose sums fit the second-level cache beside a tile
-constexpr int64_t kRowStep = 12;      // a whole number of microkernels
 
 void multiply_in_tiles(const Product& p) {
   const int64_t threads = get_num_threads();
   const int64_t tiles = (p.columns + kTileColumns - 1) / kTileColumns;
-  const int64_t row_parts = std::clamp<int64_t>(p.rows / kRowsToSplit, 1, threads);
+  // Rows are split first, for then each thread reads its own part of x.
+  const int64_t row_parts = std::clamp<int64_t>(p.rows / kernels().rows_to_split, 1, threads);
   const int64_t column_parts = std::min((threads + row_parts - 1) / row_parts, tiles);
-  const int64_t part_rows = ((p.rows + row_parts - 1) / row_parts + kRowStep - 1) / kRowStep * kRowStep;
+  const int64_t row_step = kernels().row_step;
+  const int64_t part_rows = ((p.rows + row_parts - 1) / row_parts + row_step - 1) / row_step * row_step;
 
   parallel_for(0, row_parts * column_parts, 1, [&](int64_t begin, int64_t end) {
     static thread_local Workspace scratch;

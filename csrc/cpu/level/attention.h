@@ -138,12 +138,12 @@ void softmax_tile(const Meeting& at, float scale, int64_t columns, bool first, F
     for (int64_t key = 0; key < at.keys; key += kUnit<kPairs>) {
       vfloat p[kUnit<kPairs>];
       for (int i = 0; i < kUnit<kPairs>; i++) {
-        p[i] = vexp(scale * load<vfloat>(scores + (key + i) * kBlock) - highest);
+        p[i] = vexp_or_zero(scale * load<vfloat>(scores + (key + i) * kBlock) - highest);
         total += p[i];
       }
       Operand<kPairs>::store_unit(s.probabilities + key / kUnit<kPairs> * kBlock + v * kLanes, p);
     }
-    const vfloat factor = vexp(s.highest[v] - highest);
+    const vfloat factor = vexp_or_zero(s.highest[v] - highest);
     s.total[v] = s.total[v] * factor + total;
     s.highest[v] = highest;
     for (int64_t i = v * kLanes; !first && i < columns * kBlock; i += kBlock) {
@@ -164,6 +164,7 @@ template <bool kPairs>
 void forward_block(const AttentionKind& kind, const AttentionBlock& block, const AttentionOutput& output,
                    ForwardScratch& s) {
   const KeyTile<kPairs> layout(kind, false);
+  const Multiplying<kPairs> multiplying;
   const int vectors = ceil_div(block.queries, kLanes);
   pack_rows_transposed<kPairs>(kind.dtype, block.q, block.queries, kind.columns, s.packing, s.queries);
   for (int v = 0; v < vectors; v++) {
@@ -209,7 +210,7 @@ void differentiate_softmax(const Meeting& at, float scale, BackwardScratch& s) {
       vfloat d_score[kUnit<kPairs>];
       for (int i = 0; i < kUnit<kPairs>; i++) {
         const int64_t from = (key + i) * kBlock + v * kLanes;
-        const vfloat p = vexp(scale * load<vfloat>(s.scores + from) - lse);
+        const vfloat p = vexp_or_zero(scale * load<vfloat>(s.scores + from) - lse);
         d_score[i] = p * (load<vfloat>(s.d_probabilities + from) - delta);
         Operand<kPairs>::store_row(s.probabilities + (key + i) * kBlockUnits<kPairs>, v, p);
         Operand<kPairs>::store_row(s.d_scores + (key + i) * kBlockUnits<kPairs>, v, d_score[i]);
@@ -252,6 +253,7 @@ template <bool kPairs>
 void backward_block(const AttentionKind& kind, const AttentionBlock& block, const AttentionGradient& gradient,
                     BackwardScratch& s) {
   const KeyTile<kPairs> layout(kind, true);
+  const Multiplying<kPairs> multiplying;
   const int64_t dk_tile = round_up(kind.columns, kBlock) * kBlock;
   const int64_t dv_tile = round_up(kind.value_columns, kBlock) * kBlock;
   pack_rows_transposed<kPairs>(kind.dtype, block.q, block.queries, kind.columns, s.packing, s.queries);

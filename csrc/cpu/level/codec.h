@@ -129,6 +129,51 @@ inline void decode_group(const Weight& w, int64_t row, int64_t column, uint16_t*
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// For products of bfloat16, whose instructions take subnormal values for zeros, as these do.
+
+// The 16 values of a block with this scale, of which a code's nibble is the index.
+inline __m256i block_values(float s) {
+  const vfloat codes = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+  return (__m256i)_mm512_cvtneps_pbh((__m512)(codes * s));
+}
+
+// The groups of columns [column, column + count) of a row; column is a multiple of 64.
+inline void decode_row(const Weight& w, int64_t row, int64_t column, int64_t count, uint16_t* out) {
+  int64_t i = 0;
+  for (; w.block == 2 * int4::kGroup && i + int4::kGroup < count; i += w.block) {
+    const __m512i values = _mm512_broadcast_i64x4(block_values(scale_of(w, row, column + i)));
+    const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)group_of(w, row, column + i)));
+    const __m512i low = _mm512_permutexvar_epi16(words, values);
+    const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), values);
+    store(out + i, _mm512_castsi512_si256(low));
+    store(out + i + 16, _mm512_castsi512_si256(high));
+    store(out + i + 32, _mm512_extracti64x4_epi64(low, 1));
+    store(out + i + 48, _mm512_extracti64x4_epi64(high, 1));
+  }
+  for (; i < count; i += int4::kGroup) decode_group(w, row, column + i, out + i);
+}
+
+// The same of two rows at once, as pairs with the first row's element in the low half; past the last row are zeros.
+inline void decode_rows(const Weight& w, int64_t row, int64_t column, int64_t count, uint32_t* out) {
+  const bool second = row + 1 < w.rows;
+  vuint low = {}, high = {};
+  for (int64_t i = 0; i < count; i += int4::kGroup) {
+    if (i % w.block == 0) {
+      low = widen((vhalfword)block_values(scale_of(w, row, column + i)));
+      if (second) high = widen((vhalfword)block_values(scale_of(w, row + 1, column + i))) << 16;
+    }
+    const vuint a = widen(load<vbyte>(group_of(w, row, column + i)));
+    const vuint b = second ? widen(load<vbyte>(group_of(w, row + 1, column + i))) : vuint{};
+    const auto look_up = [](vuint table, vuint index) {
+      return (vuint)_mm512_permutexvar_epi32((__m512i)index, (__m512i)table);
+    };
+    store(out + i, look_up(low, a) | look_up(high, b));
+    store(out + i + kLanes, look_up(low, a >> 4) | look_up(high, b >> 4));
+  }
+}
+#endif
+
 template <class T>
 inline void copy_tail(T* out, const T* group, int64_t count) {
   for (int64_t i = 0; i < count; i++) out[i] = group[i];

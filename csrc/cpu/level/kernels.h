@@ -48,7 +48,8 @@ struct Kernels {
                    uint8_t* codes, void* scales);
   void (*dequantize)(const Weight* weight, int64_t row_begin, int64_t row_end, Dtype dtype, void* out);
 
-  // Rows of x as units, the last unit of a row padded with zero.
+  // Rows of x as units, so many from one row to the next, with zeros past a row's end.
+  int64_t (*units_stride)(int64_t columns, bool pairs);
   void (*to_units)(const void* x, Dtype dtype, int64_t rows, int64_t columns, bool bfloat16_units, uint32_t* out,
                    int64_t stride);
 
@@ -58,6 +59,8 @@ struct Kernels {
   void (*product)(const Product* p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
                   void* scratch);
   int64_t (*product_scratch_bytes)(int64_t rows);
+  int64_t rows_to_split;  // a weight is decoded anew for each part of the rows, which is little from this many on
+  int64_t row_step;       // of a whole number of microkernels
 
   // The same for at most `max_dot_rows` rows and op = transpose, straight from the codes, whose values are not rounded.
   // Here x is groups of 32 elements as pack_rows leaves them: as pairs for codes where the level multiplies those.
@@ -67,7 +70,7 @@ struct Kernels {
                     int64_t group_end, uint32_t* out);
 
   // out[i, c] = sum over m of a[m, i] b[m, c], for c in [column_begin, column_end); out has `columns` columns. a is
-  // packed first, into as many 32-bit words as it has elements.
+  // packed first, into at most (rows + 16) rank 32-bit words.
   void (*pack_outer)(const void* a, Dtype dtype, int64_t rows, int64_t rank, uint32_t* packed);
   void (*outer)(const uint32_t* packed, int64_t rank, const void* b, Dtype dtype, int64_t rows, int64_t columns,
                 int64_t column_begin, int64_t column_end, float* out);
@@ -119,5 +122,6 @@ constexpr int64_t kDotColumns = 16;  // that a dot makes at once
 extern const Kernels kernels_base;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_amx;
 
 }  // namespace entrenar

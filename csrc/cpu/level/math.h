@@ -39,6 +39,14 @@ inline vfloat vexp(vfloat x) {
 #endif
 }
 
+// The same with 0 for results below e^-87, which is almost the least normal value: a subnormal one takes some processors
+// as long as a hundred others, and of those that a softmax has masked all are such.
+inline vfloat vexp_or_zero(vfloat x) {
+  const vfloat lowest = broadcast(-87.0f);
+  const vfloat power = vexp(larger(lowest, x));
+  return x < lowest ? vfloat{} : power;
+}
+
 // 1 / (1 + e^-x), off by at most 2.4 units in the last place: those of the exponential, the sum and the quotient.
 inline vfloat vsigmoid(vfloat x) { return 1.0f / (1.0f + vexp(-x)); }
 

@@ -83,10 +83,6 @@ void pack_outer_of(const void* a, int64_t rows, int64_t rank, uint32_t* packed) 
   }
 }
 
-void pack_outer(const void* a, Dtype dtype, int64_t rows, int64_t rank, uint32_t* packed) {
-  (dtype == kFloat32 ? pack_outer_of<kFloat32> : pack_outer_of<kBFloat16>)(a, rows, rank, packed);
-}
-
 // kOuterRows rows of the result from row i on, kOuterColumns columns from c on.
 template <Dtype dtype>
 inline void outer_block(const uint32_t* a, int64_t rank, const void* b, int64_t rows, int64_t columns, int64_t i,
@@ -135,12 +131,6 @@ void outer_of(const uint32_t* a, int64_t rank, const void* b, int64_t rows, int6
       }
     }
   }
-}
-
-void outer(const uint32_t* packed, int64_t rank, const void* b, Dtype dtype, int64_t rows, int64_t columns,
-           int64_t column_begin, int64_t column_end, float* out) {
-  (dtype == kFloat32 ? outer_of<kFloat32> : outer_of<kBFloat16>)(packed, rank, b, rows, columns, column_begin,
-                                                                 column_end, out);
 }
 
 }  // namespace

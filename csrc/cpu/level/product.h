@@ -2,6 +2,7 @@
 // the cache once and multiplied by all rows of x; the sums stay in float32 until every tile of a column is done.
 #pragma once
 
+#include "amx.h"
 #include "codec.h"
 #include "int8.h"
 #include "store.h"
@@ -17,8 +18,6 @@ constexpr bool kBFloat16Units = true;
 constexpr bool kBFloat16Units = false;
 #endif
 
-constexpr int kTileVectors = kTileColumns / kLanes;
-
 // Registers of the microkernel: rows x vectors sums, and a few for its operands.
 constexpr int kMicroVectors = kLanes == 16 ? 4 : 2;
 constexpr int micro_rows(int vectors) { return kLanes == 16 ? (vectors <= 2 ? 12 : 6) : kLanes == 8 ? 6 : 4; }
@@ -30,7 +29,7 @@ struct Scratch {
   float sums[];                                // [row][column of the tile]
 };
 
-int64_t product_scratch_bytes(int64_t rows) { return sizeof(Scratch) + rows * kTileColumns * sizeof(float); }
+int64_t scratch_bytes(int64_t rows) { return sizeof(Scratch) + rows * kTileColumns * sizeof(float); }
 
 void to_units(const void* x, Dtype dtype, int64_t rows, int64_t columns, bool bfloat16_units, uint32_t* out,
               int64_t stride) {
@@ -92,10 +91,7 @@ struct Tile<true> {
 
   static void load_row(const Weight& w, Dtype, int64_t row, int64_t q, int64_t count, uint32_t* out) {
     uint16_t* to = (uint16_t*)out;
-    if (w.codes) {
-      for (int64_t i = 0; i < count; i += int4::kGroup) decode_group(w, row, q + i, to + i);
-      return;
-    }
+    if (w.codes) return decode_row(w, row, q, count, to);
     const float* from = w.dense + row * w.columns + q;
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) store(to + i, to_halfwords(bfloat16_bits(load<vfloat>(from + i))));
@@ -105,17 +101,7 @@ struct Tile<true> {
 
   static void load_unit(const Weight& w, Dtype, int64_t q, int64_t c, int64_t count, uint32_t* out) {
     const bool second = q + 1 < w.rows;
-    if (w.codes) {
-      for (int64_t i = 0; i < count; i += int4::kGroup) {
-        uint16_t rows[2][int4::kGroup] = {};
-        decode_group(w, q, c + i, rows[0]);
-        if (second) decode_group(w, q + 1, c + i, rows[1]);
-        for (int j = 0; j < int4::kGroup; j += kLanes) {
-          store(out + i + j, widen(load<vhalfword>(rows[0] + j)) | widen(load<vhalfword>(rows[1] + j)) << 16);
-        }
-      }
-      return;
-    }
+    if (w.codes) return decode_rows(w, q, c, count, out);
     const float* from = w.dense + q * w.columns + c;
     const float* next = from + w.columns;
     int64_t i = 0;
@@ -178,9 +164,48 @@ void multiply(int64_t rows, const Units& x, const uint32_t* panel, int64_t units
   }
 }
 
+// What must live around calls of multiply_tile.
+template <bool kPairs>
+struct Multiplying {
+  ~Multiplying() {}  // or it would be an unused variable
+};
+
+#if defined(__AMX_BF16__)
+
+template <>
+struct Multiplying<true> {
+  amx::Registers registers;
+};
+
+inline void multiply_tile_amx(int vectors, int64_t rows, const Units& x, const uint32_t* panel, int64_t units,
+                              float* sums, bool first) {
+  constexpr int64_t kStride = kTileColumns;
+  for (int64_t r = 0; r < rows; r += amx::kTall) {
+    const int64_t count = rows - r < amx::kTall ? rows - r : amx::kTall;
+    for (int v = 0; v < vectors; v += 2) {
+      const int64_t columns = v + 1 < vectors ? amx::kWide : amx::kUnits, rest = units % amx::kUnits;
+      const uint32_t* left = panel + v * amx::kUnits;
+      amx::Factors factors = {x.data + r * x.stride, x.stride, left, left + amx::kUnits, kStride, units - rest};
+      const amx::Sums at = {sums + r * kStride + v * amx::kUnits, kStride, amx::kUnits, amx::kRows * kStride};
+      bool none = first;
+      if (units > rest) amx::multiply<false>(count, columns, amx::kUnits, &factors, 1, none ? nullptr : &at, at), none = false;
+      if (rest > 0) {
+        const int64_t from = units - rest;
+        factors = {factors.x + from, x.stride, left + from * kStride, left + from * kStride + amx::kUnits, kStride, rest};
+        amx::multiply<false>(count, columns, rest, &factors, 1, none ? nullptr : &at, at);
+      }
+    }
+  }
+}
+
+#endif
+
 template <bool kPairs>
 void multiply_tile(int vectors, int64_t rows, const Units& x, const uint32_t* panel, int64_t units, float* sums,
                    bool first) {
+#if defined(__AMX_BF16__)
+  if constexpr (kPairs) return multiply_tile_amx(vectors, rows, x, panel, units, sums, first);
+#endif
   for (int v = 0; v < vectors; v += kMicroVectors, panel += kMicroVectors * kLanes, sums += kMicroVectors * kLanes) {
     const int count = vectors - v;
     if (count == 1) {
@@ -225,6 +250,7 @@ void product_of(const Product& p, int64_t row_begin, int64_t row_end, int64_t co
                 Scratch* scratch) {
   constexpr int64_t kDepth = kTileUnits * Tile<kPairs>::kUnit;
   const int64_t rows = row_end - row_begin;
+  const Multiplying<kPairs> multiplying;
   for (int64_t column = column_begin; column < column_end; column += kTileColumns) {
     const int64_t columns = column_end - column < kTileColumns ? column_end - column : kTileColumns;
     const int vectors = (columns + kLanes - 1) / kLanes;
@@ -254,16 +280,6 @@ void product_of(const Product& p, int64_t row_begin, int64_t row_end, int64_t co
       store_columns(p, row_begin + r, column, columns, scratch->sums + r * kTileColumns);
     }
   }
-}
-
-void product(const Product* p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
-             void* scratch) {
-#if defined(__AVX512BF16__)
-  if (p->dtype == kBFloat16) {
-    return product_of<true>(*p, row_begin, row_end, column_begin, column_end, (Scratch*)scratch);
-  }
-#endif
-  product_of<false>(*p, row_begin, row_end, column_begin, column_end, (Scratch*)scratch);
 }
 
 }  // namespace

@@ -7,16 +7,16 @@
 #include "kernels.h"
 #include "norm.h"
 #include "optim_entry.h"
-#include "outer.h"
-#include "product.h"
+#include "outer_entry.h"
+#include "product_entry.h"
 #include "rotary.h"
 #include "softmax.h"
 
 namespace entrenar {
 
 const Kernels LEVELED(kernels) = {
-    kBFloat16Units, quantize, dequantize, to_units, to_int8, product, product_scratch_bytes, dot,
-    kMaxDotRows, pack_rows, pack_outer, outer,
+    kBFloat16Units, quantize, dequantize, units_stride, to_units, to_int8, product, product_scratch_bytes, kRowsToSplit,
+    kRowStep, dot, kMaxDotRows, pack_rows, pack_outer, outer,
     attention_tile_words, attention_pack, attention_scratch_bytes, attention_forward, attention_backward, attention_sum,
     cross_entropy,
     binary, swiglu_backward, rms_norm, rms_norm_backward, layer_norm_backward, add_sums, softmax_backward, rotary,

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch.utils._pytree import tree_map
 
-LEVELS = ("base", "avx2", "avx512")
+LEVELS = ("base", "avx2", "avx512", "amx")
 
 library = torch.library.Library("entrenar", "DEF")
 _defined: list[str] = []

@@ -1,0 +1,145 @@
+// Products of bfloat16 in Intel's matrix registers, which hold up to 16 rows of 64 bytes: 32 bfloat16 or 16 float32.
+// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter "Programming with Intel AMX".
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__AMX_BF16__)
+
+namespace {
+
+namespace amx {
+
+constexpr int kRows = 16, kUnits = 16;                    // of a whole register; a unit has 32 bits
+constexpr int64_t kTall = 2 * kRows, kWide = 2 * kUnits;  // of the sums that the registers hold at once
+
+enum Register {
+  kTopLeft, kTopRight, kBottomLeft, kBottomRight,  // sums
+  kTop, kBottom,                                   // rows of x
+  kLeft, kRight,                                   // columns of the panel
+};
+
+struct alignas(64) Config {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {};
+};
+
+// For products of up to 32 rows of x, so many units at a time. The registers lose what they hold.
+inline void configure(int64_t rows, int64_t units) {
+  const uint8_t top = rows < kRows ? rows : kRows, bottom = rows > kRows ? rows - kRows : kRows;
+  Config config;
+  config.rows[kTopLeft] = config.rows[kTopRight] = config.rows[kTop] = top;
+  config.rows[kBottomLeft] = config.rows[kBottomRight] = config.rows[kBottom] = bottom;
+  config.rows[kLeft] = config.rows[kRight] = units;
+  config.row_bytes[kTop] = config.row_bytes[kBottom] = units * sizeof(uint32_t);
+  asm volatile("ldtilecfg %0" : : "m"(config));
+}
+
+// While it lives, the registers are configured, between products as here.
+struct Registers {
+  Registers() { configure(kTall, kUnits); }
+  ~Registers() { asm volatile("tilerelease"); }
+};
+
+// Not gcc's intrinsics, which do not say that they read memory.
+template <Register r>
+inline void clear() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(r));
+}
+
+template <Register r>
+inline void load(const void* from, int64_t row_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(r) : "memory");
+}
+
+// The same, and with `far` of what is not in the nearest cache, so that it does not drive out what is.
+template <Register r, bool far>
+inline void load(const void* from, int64_t row_bytes) {
+  if constexpr (far) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(r) : "memory");
+  } else {
+    load<r>(from, row_bytes);
+  }
+}
+
+template <Register r>
+inline void store(void* to, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(row_bytes), "i"(r) : "memory");
+}
+
+// sums[i][j] += Σ x[i][2u] w[u][2j] + x[i][2u + 1] w[u][2j + 1], over 16 units u.
+template <Register sums, Register x, Register w>
+inline void multiply_add() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(x), "i"(w));
+}
+
+// Rows of x, and the panel that they are multiplied by: columns in two halves of 16.
+struct Factors {
+  const uint32_t* x;
+  int64_t x_stride;
+  const uint32_t *left, *right;
+  int64_t panel_stride, units;
+};
+
+// Where the sums lie: a square of 16 x 16, and how far from it those to the right and below.
+struct Sums {
+  float* data;
+  int64_t stride, right, below;
+};
+
+// after = before + Σ x panel, for `tall` 32 rows of x, else 16, and `wide` 32 columns of the panel, else 16. Without
+// `before` that is 0. The panel is near, and x is `far` or not.
+template <bool tall, bool wide, bool far>
+inline void multiply(const Factors* factors, int count, const Sums* before, const Sums& after) {
+  if (before) {
+    const int64_t bytes = before->stride * sizeof(float);
+    load<kTopLeft>(before->data, bytes);
+    if constexpr (wide) load<kTopRight>(before->data + before->right, bytes);
+    if constexpr (tall) load<kBottomLeft>(before->data + before->below, bytes);
+    if constexpr (tall && wide) load<kBottomRight>(before->data + before->below + before->right, bytes);
+  } else {
+    clear<kTopLeft>(), clear<kTopRight>(), clear<kBottomLeft>(), clear<kBottomRight>();
+  }
+  for (const Factors* f = factors; f < factors + count; f++) {
+    const int64_t x_bytes = f->x_stride * sizeof(uint32_t), panel_bytes = f->panel_stride * sizeof(uint32_t);
+    for (int64_t u = 0; u < f->units; u += kUnits) {
+      load<kTop, far>(f->x + u, x_bytes);
+      load<kLeft>(f->left + u * f->panel_stride, panel_bytes);
+      multiply_add<kTopLeft, kTop, kLeft>();
+      if constexpr (tall) {
+        load<kBottom, far>(f->x + kRows * f->x_stride + u, x_bytes);
+        multiply_add<kBottomLeft, kBottom, kLeft>();
+      }
+      if constexpr (wide) {
+        load<kRight>(f->right + u * f->panel_stride, panel_bytes);
+        multiply_add<kTopRight, kTop, kRight>();
+        if constexpr (tall) multiply_add<kBottomRight, kBottom, kRight>();
+      }
+    }
+  }
+  const int64_t bytes = after.stride * sizeof(float);
+  store<kTopLeft>(after.data, bytes);
+  if constexpr (wide) store<kTopRight>(after.data + after.right, bytes);
+  if constexpr (tall) store<kBottomLeft>(after.data + after.below, bytes);
+  if constexpr (tall && wide) store<kBottomRight>(after.data + after.below + after.right, bytes);
+}
+
+// The same for 1 to 32 rows and columns, and so many units at a time: for less than whole registers these are configured
+// and back.
+template <bool far>
+inline void multiply(int64_t rows, int64_t columns, int64_t units, const Factors* factors, int count,
+                     const Sums* before, const Sums& after) {
+  const bool whole = rows == kTall && units == kUnits;
+  if (!whole) configure(rows, units);
+  const auto tall = columns > kUnits ? multiply<true, true, far> : multiply<true, false, far>;
+  const auto low = columns > kUnits ? multiply<false, true, far> : multiply<false, false, far>;
+  (rows > kRows ? tall : low)(factors, count, before, after);
+  if (!whole) configure(kTall, kUnits);
+}
+
+}  // namespace amx
+
+}  // namespace
+
+#endif

@@ -1,0 +1,169 @@
+// Products of bfloat16 with many rows of x, in the matrix registers. As in product.h a tile of the weight is decoded
+// into the cache, here into squares that a register takes whole, and multiplied by all rows of x. These products are so
+// fast that moving the sums would cost as much: a tile is as deep as the cache allows, an adapter's matrix joins the
+// tile before it, and the last tile's sums go from the registers to y.
+#pragma once
+
+#include "amx.h"
+#include "product.h"
+
+#if defined(__AMX_BF16__)
+
+namespace {
+
+using namespace entrenar;
+
+namespace amx {
+
+constexpr int kVectors = kTileColumns / kUnits;
+constexpr int64_t kTileDepth = 576;                       // elements of one weight in a tile
+constexpr int64_t kTileDepthUnits = 320;                  // of all of them
+constexpr int64_t kStripTiles = 8;                        // tiles side by side, for which x stays in the cache
+
+// A part of a term's contraction, in the tile from unit `unit` on.
+struct Piece {
+  int term;
+  int64_t begin, depth, unit, units;
+};
+
+// The next parts of the contraction that fit a tile.
+struct Tiles {
+  const Product& p;
+  int term = 0;
+  int64_t begin = 0;
+  int count = 0;
+  Piece pieces[kMaxTerms] = {};
+  int64_t units = 0;
+
+  bool done() const { return term == p.terms; }
+
+  void next() {
+    for (count = 0, units = 0; !done() && count < kMaxTerms;) {
+      const Weight& w = p.w[term];
+      const int64_t contraction = p.transposed ? w.columns : w.rows;
+      const int64_t step = tile_depth(contraction, kTileDepth);
+      const int64_t depth = contraction - begin < step ? contraction - begin : step;
+      const int64_t more = (depth + kWide - 1) / kWide * kUnits;
+      if (units + more > kTileDepthUnits) return;
+      pieces[count++] = {term, begin, depth, units, more};
+      units += more, begin += depth;
+      if (begin == contraction) term++, begin = 0;
+    }
+  }
+};
+
+struct Tile {
+  uint32_t panel[kVectors][kTileDepthUnits][kUnits];
+  uint32_t rows[kRows][kTileDepthUnits];   // of the weight, before they become columns of the panel
+  alignas(64) float result[kTall][kWide];  // of the last tile
+  float sums[];                            // squares, by strips, pairs of vectors and rows of x
+};
+
+// Rows [row, row + count) of the weight to columns of the panel.
+inline void fill_columns(const Weight& w, const Piece& piece, int64_t row, int64_t count, Tile* tile, int vector) {
+  for (int64_t n = 0; n < count; n++) {
+    uint32_t* out = tile->rows[n];
+    ::Tile<true>::load_row(w, kBFloat16, row + n, piece.begin, piece.depth, out);
+    const int64_t filled = w.codes ? int4::groups(piece.depth) * int4::kGroup / 2 : (piece.depth + 1) / 2;
+    __builtin_memset(out + filled, 0, (piece.units - filled) * sizeof(uint32_t));
+  }
+  transpose(tile->rows[0], kTileDepthUnits, kUnits, piece.units, tile->panel[vector][piece.unit], kUnits);
+}
+
+// Columns [column, column + columns) of pairs of rows of the weight to rows of the panel.
+inline void fill_rows(const Weight& w, const Piece& piece, int64_t column, int64_t columns, Tile* tile) {
+  for (int64_t u = 0; u < piece.units; u++) {
+    alignas(64) uint32_t unit[kTileColumns] = {};
+    if (2 * u < piece.depth) ::Tile<true>::load_unit(w, kBFloat16, piece.begin + 2 * u, column, columns, unit);
+    for (int v = 0; v < kVectors; v++) {
+      ::store(tile->panel[v][piece.unit + u], ::load<vuint>(unit + v * kUnits));
+    }
+  }
+}
+
+inline void fill(const Product& p, const Tiles& at, int64_t column, int64_t columns, Tile* tile) {
+  for (int i = 0; i < at.count; i++) {
+    const Piece& piece = at.pieces[i];
+    const Weight& w = p.w[piece.term];
+    if (!p.transposed) {
+      fill_rows(w, piece, column, columns, tile);
+      continue;
+    }
+    for (int64_t c = 0; c < columns; c += kUnits) {
+      fill_columns(w, piece, column + c, columns - c < kUnits ? columns - c : kUnits, tile, c / kUnits);
+    }
+  }
+}
+
+// The end of a product: 32 columns of some rows of y.
+inline void store_result(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                         const float (*result)[kWide]) {
+  for (int64_t r = 0; r < rows; r++) {
+    uint16_t* y = (uint16_t*)p.y + (row + r) * p.columns + column;
+    for (int64_t c = 0; c < columns; c += kUnits) {
+      const int64_t count = columns - c < kUnits ? columns - c : kUnits;
+      vfloat value = p.scale * ::load<vfloat>(result[r] + c);
+      if (p.bias) {
+        float bias[kUnits] = {};
+        __builtin_memcpy(bias, p.bias + column + c, count * sizeof(float));
+        value += ::load<vfloat>(bias);
+      }
+      uint16_t rounded[kUnits];
+      store_bfloat16(count == kUnits ? y + c : rounded, value);
+      if (count < kUnits) __builtin_memcpy(y + c, rounded, count * sizeof(uint16_t));
+    }
+  }
+}
+
+// Up to 32 columns of the tile, from `column` of y on, for all rows. Of sums, squares lie one after another.
+inline void multiply_columns(const Product& p, const Tiles& at, int64_t row_begin, int64_t row_end, int64_t column,
+                             int64_t columns, Tile* tile, int vector, float* sums, bool first) {
+  constexpr int64_t kSquare = kRows * kUnits;
+  const Sums result = {tile->result[0], kWide, kUnits, kRows * kWide};
+  for (int64_t row = row_begin; row < row_end; row += kTall, sums += 4 * kSquare) {
+    const int64_t rows = row_end - row < kTall ? row_end - row : kTall;
+    Factors factors[kMaxTerms];
+    for (int i = 0; i < at.count; i++) {
+      const Piece& piece = at.pieces[i];
+      const Units& x = p.x[piece.term];
+      factors[i] = {x.data + row * x.stride + piece.begin / 2, x.stride, tile->panel[vector][piece.unit],
+                    tile->panel[vector + 1][piece.unit], kUnits, piece.units};
+    }
+    const Sums squares = {sums, kUnits, kSquare, 2 * kSquare};
+    multiply<true>(rows, columns, kUnits, factors, at.count, first ? nullptr : &squares, at.done() ? result : squares);
+    if (at.done()) store_result(p, row, rows, column, columns, tile->result);
+  }
+}
+
+void product(const Product& p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
+             Tile* tile) {
+  constexpr int64_t kStrip = kStripTiles * kTileColumns;
+  const int64_t half_sums = (row_end - row_begin + kTall - 1) / kTall * kTall * kWide;
+  const Registers registers;
+  for (int64_t strip = column_begin; strip < column_end; strip += kStrip) {
+    const int64_t strip_end = column_end - strip < kStrip ? column_end : strip + kStrip;
+    Tiles at = {p};
+    for (bool first = true; first || !at.done(); first = false) {
+      at.next();
+      float* sums = tile->sums;
+      for (int64_t column = strip; column < strip_end; column += kTileColumns) {
+        const int64_t columns = strip_end - column < kTileColumns ? strip_end - column : kTileColumns;
+        fill(p, at, column, columns, tile);
+        for (int64_t c = 0; c < columns; c += kWide, sums += half_sums) {
+          const int64_t count = columns - c < kWide ? columns - c : kWide;
+          multiply_columns(p, at, row_begin, row_end, column + c, count, tile, c / kUnits, sums, first);
+        }
+      }
+    }
+  }
+}
+
+int64_t scratch_bytes(int64_t rows) {
+  return sizeof(Tile) + (rows + kTall - 1) / kTall * kTall * kStripTiles * kTileColumns * sizeof(float);
+}
+
+}  // namespace amx
+
+}  // namespace
+
+#endif

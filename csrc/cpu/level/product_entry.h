@@ -1,0 +1,58 @@
+// Which of the level's products multiplies what.
+#pragma once
+
+#include "product.h"
+#include "product_amx.h"
+
+namespace {
+
+using namespace entrenar;
+
+#if defined(__AMX_BF16__)
+
+constexpr int64_t kRowsToSplit = 512, kRowStep = amx::kTall;
+
+void product(const Product* p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
+             void* scratch) {
+  // int8 has its scales in the way of the matrix registers: a sum has to leave them after every block.
+  if (p->dtype == kBFloat16 && !p->int8.codes) {
+    amx::product(*p, row_begin, row_end, column_begin, column_end, (amx::Tile*)scratch);
+  } else if (p->dtype == kBFloat16) {
+    product_of<true>(*p, row_begin, row_end, column_begin, column_end, (Scratch*)scratch);
+  } else {
+    product_of<false>(*p, row_begin, row_end, column_begin, column_end, (Scratch*)scratch);
+  }
+}
+
+int64_t product_scratch_bytes(int64_t rows) {
+  return amx::scratch_bytes(rows) > scratch_bytes(rows) ? amx::scratch_bytes(rows) : scratch_bytes(rows);
+}
+
+// Whole registers; and rows that are a multiple of 4 KiB apart would share few sets of the caches.
+int64_t units_stride(int64_t columns, bool pairs) {
+  if (!pairs) return columns;
+  const int64_t stride = (columns + 2 * amx::kUnits - 1) / (2 * amx::kUnits) * amx::kUnits;
+  return stride % 1024 == 0 ? stride + amx::kUnits : stride;
+}
+
+#else
+
+constexpr int64_t kRowsToSplit = 192, kRowStep = 12;
+
+void product(const Product* p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
+             void* scratch) {
+#if defined(__AVX512BF16__)
+  if (p->dtype == kBFloat16) {
+    return product_of<true>(*p, row_begin, row_end, column_begin, column_end, (Scratch*)scratch);
+  }
+#endif
+  product_of<false>(*p, row_begin, row_end, column_begin, column_end, (Scratch*)scratch);
+}
+
+int64_t product_scratch_bytes(int64_t rows) { return scratch_bytes(rows); }
+
+int64_t units_stride(int64_t columns, bool pairs) { return pairs ? (columns + 1) / 2 : columns; }
+
+#endif
+
+}  // namespace
