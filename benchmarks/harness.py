@@ -1,4 +1,4 @@
-"""Paired timing, the circumstances of a measurement, and its record under benchmarks/results/."""
+"""Paired timing, the circumstances of a measurement, and its record under benchmarks/results/, by CPU level."""
 
 from __future__ import annotations
 
@@ -101,9 +101,11 @@ def _cpu() -> str:
 
 
 def write(name: str, results: dict[str, Any]) -> None:
-    """Write benchmarks/results/<name>.json: the circumstances, then the results."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    """Write benchmarks/results/<CPU level>/<name>.json: the circumstances, then the results."""
+    from entrenar.autograd.ops import cpu_level
+
+    path = RESULTS / cpu_level() / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
     beside = path.with_suffix(".json.saving")
     beside.write_text(json.dumps({**circumstances(), **results}, indent=2) + "\n")
     os.replace(beside, path)

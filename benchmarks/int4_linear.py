@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness import floor, interleaved, print_table, ratio, refuse_if_red, write
 from benchmarks.peers import Int4Pack, linear4bit
-from entrenar.autograd.ops import cpu_level, int4_dequantize, int4_linear, int4_lora_linear, int4_quantize
+from entrenar.autograd.ops import int4_dequantize, int4_linear, int4_lora_linear, int4_quantize
 
 TESTS = "tests/autograd"
 RANK, SCALING = 16, 2.0
@@ -117,7 +117,7 @@ def main() -> None:
     rows = measure(arguments.size, arguments.batch_sizes, arguments.rounds)
     print_table(rows)
     write(
-        "int4_linear", {"size": arguments.size, "rank": RANK, "cpu_level": cpu_level(), "rows": rows, "floor": floor()}
+        "int4_linear", {"size": arguments.size, "rank": RANK, "rows": rows, "floor": floor()}
     )
 
 

@@ -97,7 +97,6 @@ void multiply(const Term* terms, int count, bool transposed, float scale, const 
   Product p = {};
   p.dtype = dtype_of(terms[0].x, "x");
   p.transposed = transposed;
-  p.terms = count;
   p.scale = scale;
   p.rows = rows_of(y);
   p.columns = y.size(-1);
@@ -107,24 +106,28 @@ void multiply(const Term* terms, int count, bool transposed, float scale, const 
   if (p.rows == 0 || p.columns == 0) return;
 
   const Kernels& k = kernels();
-  const bool few = transposed && p.rows <= k.max_dot_rows;
+  const bool few = transposed && p.rows <= k.max_dot_rows(p.dtype);
   const bool bfloat16_units = p.dtype == kBFloat16 && k.bfloat16_units;
-  for (int t = 0; t < count; t++) {
-    p.w[t] = terms[t].w;
-    const int64_t contraction = transposed ? p.w[t].columns : p.w[t].rows;
-    STD_TORCH_CHECK(dtype_of(terms[t].x, "x") == p.dtype, "all x must have the same dtype");
-    STD_TORCH_CHECK(terms[t].x.is_contiguous() && terms[t].x.numel() == p.rows * contraction, "x must be ", p.rows, " x ",
-                    contraction, " and contiguous");
-    if (t == 0 && int8 && !few) {
-      p.int8 = int8_of(terms[t].x, p.rows, p.w[t], units[t]);
-      continue;
+  for (int i = 0; i < count; i++) {
+    const Tensor& x = terms[i].x;
+    const Weight& w = terms[i].w;
+    const int64_t contraction = transposed ? w.columns : w.rows;
+    STD_TORCH_CHECK(dtype_of(x, "x") == p.dtype, "all x must have the same dtype");
+    STD_TORCH_CHECK(x.is_contiguous() && x.numel() == p.rows * contraction, "x must be ", p.rows, " x ", contraction,
+                    " and contiguous");
+    if (contraction == 0) continue;  // nothing to add
+    const int t = p.terms++;
+    p.w[t] = w;
+    if (i == 0 && int8 && !few) {
+      p.int8 = int8_of(x, p.rows, w, units[t]);
+    } else {
+      p.x[t] = few ? packed_rows_of(x, p.rows, contraction, bfloat16_units && w.codes, units[t])
+                   : units_of(x, p.rows, contraction, bfloat16_units, units[t]);
     }
-    p.x[t] = few ? packed_rows_of(terms[t].x, p.rows, contraction, bfloat16_units && p.w[t].codes, units[t])
-                 : units_of(terms[t].x, p.rows, contraction, bfloat16_units, units[t]);
   }
   if (few) {
     const int64_t stripes = (p.columns + kDotColumns - 1) / kDotColumns;
-    const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, p.w[0].columns));
+    const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, terms[0].w.columns));
     parallel_for(0, stripes, grain, [&](int64_t begin, int64_t end) {
       kernels().dot(&p, begin * kDotColumns, std::min(p.columns, end * kDotColumns));
     });

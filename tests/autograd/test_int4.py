@@ -133,6 +133,7 @@ def test_scale_beyond_float16_is_refused_and_float32_holds_it():
     [
         (dict(weight=torch.ones(4)), "matrix"),
         (dict(weight=torch.ones(4, 4, dtype=torch.int32)), "floating-point"),
+        (dict(weight=torch.ones(4, 0)), "nothing to quantize"),
         (dict(weight=torch.ones(4, 4), block=16), "blocks are of 32 or 64"),
         (dict(weight=torch.ones(4, 4), scale_dtype=torch.bfloat16), "scales are float16 or float32"),
     ],

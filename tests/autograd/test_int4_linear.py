@@ -108,6 +108,17 @@ def test_a_column_does_not_depend_on_what_lies_beside_it(backend):
             assert torch.equal(part, whole[:, begin : begin + 52])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_without_outputs_the_gradient_is_zero(rows, dtype, backend):
+    codes, scales = int4_quantize(torch.randn(0, 80))
+    x = torch.randn(rows, 80).to(dtype).requires_grad_()
+    y = int4_linear(x, codes, scales, torch.randn(0))
+    assert y.shape == (rows, 0)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
 def test_autocast_computes_in_its_dtype(packed):
     x = torch.randn(5, 80)
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):

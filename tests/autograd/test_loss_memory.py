@@ -63,7 +63,7 @@ def test_peak_is_one_chunk_of_logits(kind):
     assert logits > 4 * (CHUNK_BYTES + SLACK)
     # Input and gradient, the latter also scaled; of a weight's gradient its float32 sum, one chunk's, and both results.
     bound = CHUNK_BYTES + 4 * hidden + SLACK + (5 * weight if kind == "trainable" else 0)
-    if kind == "int4" and entrenar.cpu_level() != "avx512":
+    if kind == "int4" and entrenar.cpu_level() in ("base", "avx2"):
         bound += 2 * CHUNK_BYTES  # below AVX-512 products read float32, for which they convert a chunk's gradient
     increase = json.loads(done.stdout)
     assert increase < bound, f"{increase / MIB:.0f} MiB, where {bound / MIB:.0f} are explained"

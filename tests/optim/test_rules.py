@@ -14,6 +14,7 @@ from torch.testing._internal.common_optimizers import optim_db
 
 import entrenar
 from entrenar import optim
+from entrenar.autograd.ops._library import LEVELS
 
 TORCH = {optim.SGD: torch.optim.SGD, optim.Adam: torch.optim.Adam, optim.AdamW: torch.optim.AdamW}
 ALIKE = [kind for kind, (ours, *_) in KINDS.items() if ours in TORCH]
@@ -341,8 +342,7 @@ def test_kernel_refuses_what_does_not_fit(change, message, backend):
 def test_levels_take_the_same_steps():
     results = []
     before = entrenar.cpu_level()
-    levels = ["base", "avx2", "avx512"]
-    for level in levels[: levels.index(before) + 1]:
+    for level in LEVELS[: LEVELS.index(before) + 1]:
         entrenar.set_cpu_level(level)
         params = [param for kind in EIGHT_BITS for param in train_all(kind)]
         results.append(params)

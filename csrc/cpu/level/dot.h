@@ -17,6 +17,14 @@ constexpr int kWord = 4;  // bytes of codes in a lane
 constexpr int kGroupWords = int4::kGroupBytes / kWord;
 constexpr int kPrefetchWords = 128;  // how far ahead of their use the codes of a row are asked for
 
+// From more bfloat16 rows on, the matrix registers are faster, though the weight is decoded for them.
+int64_t max_dot_rows([[maybe_unused]] Dtype dtype) {
+#if defined(__AMX_BF16__)
+  if (dtype == kBFloat16) return 8;
+#endif
+  return kMaxDotRows;
+}
+
 static_assert(kDotColumns == kSquare, "rows of the weight are transposed a square at a time");
 
 // What a word of codes is multiplied by: `kSteps` units of x, one for each step, float32 or pairs of bfloat16. A group

@@ -185,14 +185,16 @@ inline void multiply_tile_amx(int vectors, int64_t rows, const Units& x, const u
     for (int v = 0; v < vectors; v += 2) {
       const int64_t columns = v + 1 < vectors ? amx::kWide : amx::kUnits, rest = units % amx::kUnits;
       const uint32_t* left = panel + v * amx::kUnits;
-      amx::Factors factors = {x.data + r * x.stride, x.stride, left, left + amx::kUnits, kStride, units - rest};
+      const uint32_t* rows_of_x = x.data + r * x.stride;
       const amx::Sums at = {sums + r * kStride + v * amx::kUnits, kStride, amx::kUnits, amx::kRows * kStride};
-      bool none = first;
-      if (units > rest) amx::multiply<false>(count, columns, amx::kUnits, &factors, 1, none ? nullptr : &at, at), none = false;
-      if (rest > 0) {
-        const int64_t from = units - rest;
-        factors = {factors.x + from, x.stride, left + from * kStride, left + from * kStride + amx::kUnits, kStride, rest};
-        amx::multiply<false>(count, columns, rest, &factors, 1, none ? nullptr : &at, at);
+      if (units != rest || first) {  // without units as well, for sums of 0
+        const amx::Factors whole = {rows_of_x, x.stride, left, left + amx::kUnits, kStride, units - rest};
+        amx::multiply<false>(count, columns, amx::kUnits, &whole, 1, first ? nullptr : &at, at);
+      }
+      if (rest != 0) {
+        left += (units - rest) * kStride;
+        const amx::Factors last = {rows_of_x + units - rest, x.stride, left, left + amx::kUnits, kStride, rest};
+        amx::multiply<false>(count, columns, rest, &last, 1, &at, at);
       }
     }
   }
@@ -276,6 +278,7 @@ void product_of(const Product& p, int64_t row_begin, int64_t row_end, int64_t co
                               scratch->sums, first);
       }
     }
+    if (first) __builtin_memset(scratch->sums, 0, rows * kTileColumns * sizeof(float));  // of no terms
     for (int64_t r = 0; r < rows; r++) {
       store_columns(p, row_begin + r, column, columns, scratch->sums + r * kTileColumns);
     }

@@ -16,9 +16,9 @@ using namespace entrenar;
 namespace amx {
 
 constexpr int kVectors = kTileColumns / kUnits;
-constexpr int64_t kTileDepth = 576;                       // elements of one weight in a tile
-constexpr int64_t kTileDepthUnits = 320;                  // of all of them
-constexpr int64_t kStripTiles = 8;                        // tiles side by side, for which x stays in the cache
+constexpr int64_t kTileDepth = 576;       // elements of one weight in a tile
+constexpr int64_t kTileDepthUnits = 320;  // of all of them
+constexpr int64_t kStripTiles = 8;        // tiles side by side, for which x stays in the cache
 
 // A part of a term's contraction, in the tile from unit `unit` on.
 struct Piece {
@@ -26,8 +26,8 @@ struct Piece {
   int64_t begin, depth, unit, units;
 };
 
-// The next parts of the contraction that fit a tile.
-struct Tiles {
+// Goes through the contraction of all terms, as many parts at a time as fit a tile.
+struct Cursor {
   const Product& p;
   int term = 0;
   int64_t begin = 0;
@@ -52,45 +52,56 @@ struct Tiles {
   }
 };
 
-struct Tile {
+struct Scratch {
   uint32_t panel[kVectors][kTileDepthUnits][kUnits];
   uint32_t rows[kRows][kTileDepthUnits];   // of the weight, before they become columns of the panel
   alignas(64) float result[kTall][kWide];  // of the last tile
   float sums[];                            // squares, by strips, pairs of vectors and rows of x
 };
 
+// The codes that a row's place will take in the next tile: of the row itself, or of one in the next strip.
+inline void prefetch_next(const Weight& w, const Piece& piece, int64_t row) {
+  constexpr int64_t kLine = 64;
+  int64_t column = piece.begin + piece.depth;
+  if (column >= w.columns) column = 0, row += kStripTiles * kTileColumns;
+  if (row >= w.rows) return;
+  const uint8_t* codes = group_of(w, row, column);
+  for (int64_t i = 0; i < piece.depth / 2; i += kLine) __builtin_prefetch(codes + i, 0, 2);
+}
+
 // Rows [row, row + count) of the weight to columns of the panel.
-inline void fill_columns(const Weight& w, const Piece& piece, int64_t row, int64_t count, Tile* tile, int vector) {
+inline void fill_columns(const Weight& w, const Piece& piece, int64_t row, int64_t count, Scratch* scratch, int vector) {
   for (int64_t n = 0; n < count; n++) {
-    uint32_t* out = tile->rows[n];
+    uint32_t* out = scratch->rows[n];
+    if (w.codes) prefetch_next(w, piece, row + n);
     ::Tile<true>::load_row(w, kBFloat16, row + n, piece.begin, piece.depth, out);
     const int64_t filled = w.codes ? int4::groups(piece.depth) * int4::kGroup / 2 : (piece.depth + 1) / 2;
     __builtin_memset(out + filled, 0, (piece.units - filled) * sizeof(uint32_t));
   }
-  transpose(tile->rows[0], kTileDepthUnits, kUnits, piece.units, tile->panel[vector][piece.unit], kUnits);
+  transpose(scratch->rows[0], kTileDepthUnits, kUnits, piece.units, scratch->panel[vector][piece.unit], kUnits);
 }
 
 // Columns [column, column + columns) of pairs of rows of the weight to rows of the panel.
-inline void fill_rows(const Weight& w, const Piece& piece, int64_t column, int64_t columns, Tile* tile) {
+inline void fill_rows(const Weight& w, const Piece& piece, int64_t column, int64_t columns, Scratch* scratch) {
   for (int64_t u = 0; u < piece.units; u++) {
     alignas(64) uint32_t unit[kTileColumns] = {};
     if (2 * u < piece.depth) ::Tile<true>::load_unit(w, kBFloat16, piece.begin + 2 * u, column, columns, unit);
     for (int v = 0; v < kVectors; v++) {
-      ::store(tile->panel[v][piece.unit + u], ::load<vuint>(unit + v * kUnits));
+      ::store(scratch->panel[v][piece.unit + u], ::load<vuint>(unit + v * kUnits));
     }
   }
 }
 
-inline void fill(const Product& p, const Tiles& at, int64_t column, int64_t columns, Tile* tile) {
+inline void fill(const Product& p, const Cursor& at, int64_t column, int64_t columns, Scratch* scratch) {
   for (int i = 0; i < at.count; i++) {
     const Piece& piece = at.pieces[i];
     const Weight& w = p.w[piece.term];
     if (!p.transposed) {
-      fill_rows(w, piece, column, columns, tile);
+      fill_rows(w, piece, column, columns, scratch);
       continue;
     }
     for (int64_t c = 0; c < columns; c += kUnits) {
-      fill_columns(w, piece, column + c, columns - c < kUnits ? columns - c : kUnits, tile, c / kUnits);
+      fill_columns(w, piece, column + c, columns - c < kUnits ? columns - c : kUnits, scratch, c / kUnits);
     }
   }
 }
@@ -116,42 +127,42 @@ inline void store_result(const Product& p, int64_t row, int64_t rows, int64_t co
 }
 
 // Up to 32 columns of the tile, from `column` of y on, for all rows. Of sums, squares lie one after another.
-inline void multiply_columns(const Product& p, const Tiles& at, int64_t row_begin, int64_t row_end, int64_t column,
-                             int64_t columns, Tile* tile, int vector, float* sums, bool first) {
+inline void multiply_columns(const Product& p, const Cursor& at, int64_t row_begin, int64_t row_end, int64_t column,
+                             int64_t columns, Scratch* scratch, int vector, float* sums, bool first) {
   constexpr int64_t kSquare = kRows * kUnits;
-  const Sums result = {tile->result[0], kWide, kUnits, kRows * kWide};
+  const Sums result = {scratch->result[0], kWide, kUnits, kRows * kWide};
   for (int64_t row = row_begin; row < row_end; row += kTall, sums += 4 * kSquare) {
     const int64_t rows = row_end - row < kTall ? row_end - row : kTall;
     Factors factors[kMaxTerms];
     for (int i = 0; i < at.count; i++) {
       const Piece& piece = at.pieces[i];
       const Units& x = p.x[piece.term];
-      factors[i] = {x.data + row * x.stride + piece.begin / 2, x.stride, tile->panel[vector][piece.unit],
-                    tile->panel[vector + 1][piece.unit], kUnits, piece.units};
+      factors[i] = {x.data + row * x.stride + piece.begin / 2, x.stride, scratch->panel[vector][piece.unit],
+                    scratch->panel[vector + 1][piece.unit], kUnits, piece.units};
     }
     const Sums squares = {sums, kUnits, kSquare, 2 * kSquare};
     multiply<true>(rows, columns, kUnits, factors, at.count, first ? nullptr : &squares, at.done() ? result : squares);
-    if (at.done()) store_result(p, row, rows, column, columns, tile->result);
+    if (at.done()) store_result(p, row, rows, column, columns, scratch->result);
   }
 }
 
 void product(const Product& p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
-             Tile* tile) {
+             Scratch* scratch) {
   constexpr int64_t kStrip = kStripTiles * kTileColumns;
   const int64_t half_sums = (row_end - row_begin + kTall - 1) / kTall * kTall * kWide;
   const Registers registers;
   for (int64_t strip = column_begin; strip < column_end; strip += kStrip) {
     const int64_t strip_end = column_end - strip < kStrip ? column_end : strip + kStrip;
-    Tiles at = {p};
+    Cursor at = {p};
     for (bool first = true; first || !at.done(); first = false) {
       at.next();
-      float* sums = tile->sums;
+      float* sums = scratch->sums;
       for (int64_t column = strip; column < strip_end; column += kTileColumns) {
         const int64_t columns = strip_end - column < kTileColumns ? strip_end - column : kTileColumns;
-        fill(p, at, column, columns, tile);
+        fill(p, at, column, columns, scratch);
         for (int64_t c = 0; c < columns; c += kWide, sums += half_sums) {
           const int64_t count = columns - c < kWide ? columns - c : kWide;
-          multiply_columns(p, at, row_begin, row_end, column + c, count, tile, c / kUnits, sums, first);
+          multiply_columns(p, at, row_begin, row_end, column + c, count, scratch, c / kUnits, sums, first);
         }
       }
     }
@@ -159,7 +170,7 @@ void product(const Product& p, int64_t row_begin, int64_t row_end, int64_t colum
 }
 
 int64_t scratch_bytes(int64_t rows) {
-  return sizeof(Tile) + (rows + kTall - 1) / kTall * kTall * kStripTiles * kTileColumns * sizeof(float);
+  return sizeof(Scratch) + (rows + kTall - 1) / kTall * kTall * kStripTiles * kTileColumns * sizeof(float);
 }
 
 }  // namespace amx

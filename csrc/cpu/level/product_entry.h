@@ -16,7 +16,7 @@ void product(const Product* p, int64_t row_begin, int64_t row_end, int64_t colum
              void* scratch) {
   // int8 has its scales in the way of the matrix registers: a sum has to leave them after every block.
   if (p->dtype == kBFloat16 && !p->int8.codes) {
-    amx::product(*p, row_begin, row_end, column_begin, column_end, (amx::Tile*)scratch);
+    amx::product(*p, row_begin, row_end, column_begin, column_end, (amx::Scratch*)scratch);
   } else if (p->dtype == kBFloat16) {
     product_of<true>(*p, row_begin, row_end, column_begin, column_end, (Scratch*)scratch);
   } else {

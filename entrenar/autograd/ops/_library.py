@@ -84,12 +84,12 @@ def _compiled(name: str) -> pathlib.Path | None:
 
 
 def cpu_level() -> str:
-    """The instruction set that the CPU kernels use: "base", "avx2" or "avx512" (with its BF16 extension)."""
+    """The instruction set that the CPU kernels use: "base", "avx2", "avx512" (with its BF16 extension) or "amx"."""
     return LEVELS[torch.ops.entrenar.cpu_level()]
 
 
 def set_cpu_level(level: str) -> None:
-    """Make the CPU kernels use `level`, one of "base", "avx2" and "avx512", for the whole process.
+    """Make the CPU kernels use `level`, one of "base", "avx2", "avx512" and "amx", for the whole process.
 
     The best level of the machine is chosen at import; the environment variable ENTRENAR_CPU_LEVEL sets another.
     Raises ValueError for an unknown level, and for one that this machine lacks.
