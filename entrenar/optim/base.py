@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from entrenar.autograd.ops._kernel import DEVICES, DTYPES, PLAIN
 from entrenar.autograd.ops._library import define
+from entrenar.optim.clip import why_not_finite
 from entrenar.optim.codes import BLOCK, ZERO_CODE, codebook, dequantize_blockwise, quantize_blockwise
 from entrenar.optim.exchange import from_bitsandbytes
 
@@ -237,20 +238,17 @@ class KernelOptimizer(Optimizer):
         factors = {device: factor.to(device) for device in dict.fromkeys(grad.device for grad in grads)}
         skip = factor.isnan()
         if factor.is_cpu and skip:
-            warnings.warn(f"a step was left out: {self._culprit()}", RuntimeWarning, stacklevel=4)
+            named = (
+                (f"parameter {i} of group {g}", param)
+                for g, group in enumerate(self.param_groups)
+                for i, param in enumerate(group["params"])
+            )
+            warnings.warn(f"a step was left out: {why_not_finite(named)}", RuntimeWarning, stacklevel=4)
         counts = self._skipped
         if factor.device not in counts:
             counts[factor.device] = torch.zeros_like(skip, dtype=torch.int64)
         counts[factor.device].add_(skip)
         return factors
-
-    def _culprit(self) -> str:
-        for g, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                if param.grad is not None and not param.grad.isfinite().all():
-                    shape = tuple(param.shape)
-                    return f"the gradient of parameter {i} of group {g}, of shape {shape}, has NaN or infinite values"
-        return "the norm of the gradients, which are finite, is not"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of an optimizer of the same rule: ours of 32 or 8 bits, torch's, or that of bitsandbytes.

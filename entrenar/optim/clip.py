@@ -20,16 +20,17 @@ def clip_grad_norm(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Te
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not norm.isfinite():
-        raise RuntimeError(f"the gradients' norm is {norm.item()}: {_culprit(parameters)}")
+        why = why_not_finite((f"parameter {i}", p) for i, p in enumerate(parameters))
+        raise RuntimeError(
+            f"the gradients' norm is {norm.item()}: {why}; look for what overflowed, or scale the loss down"
+        )
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-def _culprit(parameters: list[Tensor]) -> str:
-    for i, p in enumerate(parameters):
+def why_not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Why the norm of these parameters' gradients is not finite, in words: the first gradient that is not, by name."""
+    for name, p in named:
         if p.grad is not None and not p.grad.isfinite().all():
-            return (
-                f"the gradient of parameter {i}, of shape {tuple(p.shape)}, has NaN or infinite values; "
-                "look for a loss that overflowed, or lower the learning rate"
-            )
-    return "every gradient is finite, but their squares overflow; scale the loss down"
+            return f"the gradient of {name}, of shape {tuple(p.shape)}, has NaN or infinite values"
+    return "every gradient is finite, but their squares overflow"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -15,7 +17,7 @@ from torch import nn
 from entrenar.lora.adapter import save_adapter
 from entrenar.lora.layers import LoRALayer
 from entrenar.optim.base import KernelOptimizer
-from entrenar.optim.clip import clip_grad_norm
+from entrenar.optim.clip import why_not_finite
 from entrenar.optim.schedulers import CosineScheduler
 from entrenar.training.batches import Example, collate
 from entrenar.training.config import OPTIMIZERS, FinetuneConfig
@@ -78,7 +80,9 @@ def finetune(
     out.mkdir(parents=True, exist_ok=True)
     device = next(iter(parameters.values())).device
     torch.manual_seed(config.seed)
-    optimizer = OPTIMIZERS[config.optimizer](parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = OPTIMIZERS[config.optimizer](
+        parameters.values(), lr=config.lr, weight_decay=config.weight_decay, max_norm=config.clip_norm
+    )
     plan = Plan(train, config)
     schedule = CosineScheduler(config.lr, config.lr / 10, plan.total_steps, int(config.warmup * plan.total_steps))
     identity = fingerprint(model, train, heldout, asdict(config))
@@ -95,12 +99,17 @@ def finetune(
     model.train()
     if config.recompute:
         _recompute_activations(model)
-    with MetricsLog(out / "metrics.jsonl", last_step=state.step) as log, stop_between_steps() as stopping:
+    with (
+        MetricsLog(out / "metrics.jsonl", last_step=state.step) as log,
+        stop_between_steps() as stopping,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "a step was left out", RuntimeWarning)  # a TrainingError says more
         for step in range(state.step + 1, plan.total_steps + 1):
             lr = schedule.get_lr(step - 1)
             batches = [[train[index] for index in batch] for batch in plan.batches(step)]
             start = time.perf_counter()
-            loss, grad_norm = _train_step(model, optimizer, parameters, batches, config.clip_norm, lr, step)
+            loss, grad_norm = _train_step(model, optimizer, parameters, batches, lr, step)
             row = StepMetrics(
                 step=step,
                 loss=loss,
@@ -165,7 +174,6 @@ def _train_step(
     optimizer: KernelOptimizer,
     parameters: dict[str, nn.Parameter],
     batches: Sequence[Sequence[Example]],
-    clip_norm: float,
     lr: float,
     step: int,
 ) -> tuple[float, float]:
@@ -179,18 +187,20 @@ def _train_step(
         loss = causal_lm_loss(model, input_ids, labels) * share
         loss.backward()
         total += loss.detach()
-    if not total.isfinite():
-        raise TrainingError(_diverged(f"the loss is {total.item()}", lr, step))
-    if step == 1:
-        _check_every_adapter_learns(model)
-    try:
-        grad_norm = clip_grad_norm(parameters.values(), clip_norm)
-    except RuntimeError as error:
-        raise TrainingError(_diverged(str(error), lr, step)) from error
     optimizer.set_lr(lr)
     optimizer.step()
+    # Read together, for a GPU is waited for here. The step left the gradients as they are.
+    norm = total.new_zeros(()) if optimizer.grad_norm is None else optimizer.grad_norm
+    loss, grad_norm = torch.stack([total, norm]).tolist()
+    if not math.isfinite(loss):
+        raise TrainingError(_diverged(f"the loss is {loss}", lr, step))
+    if step == 1:
+        _check_every_adapter_learns(model)
+    if not math.isfinite(grad_norm):
+        why = why_not_finite(parameters.items())
+        raise TrainingError(_diverged(f"the gradients' norm is {grad_norm}: {why}", lr, step))
     optimizer.zero_grad()
-    return total.item(), grad_norm.item()
+    return loss, grad_norm
 
 
 def _diverged(what: str, lr: float, step: int) -> str:

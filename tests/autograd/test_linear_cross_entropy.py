@@ -17,7 +17,7 @@ from op_db import DTYPES
 from torch import Tensor, nn
 
 from entrenar import Int4Linear, LoRALayer, QLoRALayer, Tape
-from entrenar.autograd.ops import head_cross_entropy, linear_cross_entropy
+from entrenar.autograd.ops import _product, head_cross_entropy, linear_cross_entropy
 from entrenar.autograd.ops.head_cross_entropy import head_cross_entropy_reference
 from entrenar.autograd.ops.linear_cross_entropy import linear_cross_entropy_reference
 
@@ -40,6 +40,13 @@ def chunks_of(size: int):
 def chunk_bytes(request):
     with chunks_of(request.param):
         yield request.param
+
+
+@pytest.fixture(params=[True, False], ids=["fast products", "slow products"])
+def fast_products(request, monkeypatch):
+    """As on a CPU that multiplies all dtypes fast, and as on one that converts 16 bits, in tiles of three classes."""
+    monkeypatch.setattr(_product, "multiplies_fast", lambda dtype, device: request.param or dtype.itemsize > 2)
+    monkeypatch.setattr(_product, "TILE_BYTES", 3 * 4 * (37 + WIDTH))
 
 
 def problem(rows: int, width: int, classes: int, dtype: torch.dtype, ignored: float = 0.2) -> tuple[Tensor, ...]:
@@ -80,7 +87,7 @@ def check(x, weight, bias, target, reduction="mean", wanted=(True, True, True)):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_and_gradients_are_those_of_float64(dtype, reduction, chunk_bytes, backend):
+def test_loss_and_gradients_are_those_of_float64(dtype, reduction, chunk_bytes, fast_products, backend):
     x, weight, bias, target = problem(37, WIDTH, CLASSES, dtype)
     check(x, weight, bias, target, reduction)
     check(x, weight, None, target, reduction, wanted=(True, True, False))
@@ -119,7 +126,7 @@ def test_ignored_targets_alone_have_no_mean_and_no_gradient():
     assert not torch.autograd.grad(y, x)[0].any()
 
 
-def test_without_gradients_the_loss_is_the_same(chunk_bytes):
+def test_without_gradients_the_loss_is_the_same(chunk_bytes, fast_products):
     x, weight, _, target = problem(37, WIDTH, CLASSES, torch.bfloat16)
     with torch.no_grad():
         y = linear_cross_entropy(x.requires_grad_(), weight, target)

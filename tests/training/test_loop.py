@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from entrenar.training.config import FinetuneConfig
 from entrenar.training.encode import encode
 from entrenar.training.evaluate import heldout_loss
 from entrenar.training.loop import TrainingError, finetune
+from entrenar.training.loss import causal_lm_loss
 from entrenar.training.metrics import StepMetrics, running_mean
+from entrenar.training.plan import Plan
 from entrenar.training.resume import ResumeError
 
 TOKENIZER = make_tokenizer()
@@ -134,6 +137,47 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     config = FinetuneConfig(max_steps=3, batch_size=4, lr=1e-2)
     with pytest.raises(TrainingError, match=r"step 2: the loss is nan, at a learning rate of"):
         finetune(model, TOKENIZER, TRAIN, HELDOUT, config, tmp_path, watcher=watcher)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion"])
+@pytest.mark.parametrize("bad", [math.nan, 3e38])
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, optimizer: str, bad: float) -> None:
+    model = add_adapters(make_model())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    spoilt = "model.layers.1.mlp.up_proj.lora_A"
+    model.get_parameter(spoilt).register_hook(lambda gradient: torch.full_like(gradient, bad))
+    why = f"nan: the gradient of {spoilt}, of shape (4, 32), has NaN or infinite values"
+    if not math.isnan(bad):
+        why = "inf: every gradient is finite, but their squares overflow"
+    message = f"step 1: the gradients' norm is {why}, at a learning rate of"
+    with pytest.raises(TrainingError, match=re.escape(message)):
+        run(tmp_path, model, max_steps=3, optimizer=optimizer)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("clip_norm", [1e-3, math.inf])
+def test_gradients_are_clipped_and_their_norm_before_that_is_logged(tmp_path: Path, clip_norm: float) -> None:
+    config = FinetuneConfig(max_steps=2, batch_size=4, clip_norm=clip_norm, checkpoint_every=1)
+    watcher, moments = Recorder(), []
+
+    def read_checkpoint_of_step_1(row: StepMetrics, total_steps: int) -> None:
+        watcher.rows.append(row)
+        if row.step == 2:
+            tensors = load_file(tmp_path / "checkpoint.safetensors")
+            moments.extend(tensor.flatten() for name, tensor in tensors.items() if name.endswith(".exp_avg"))
+
+    watcher.step = read_checkpoint_of_step_1  # type: ignore[method-assign]
+    finetune(add_adapters(make_model()), TOKENIZER, TRAIN, HELDOUT, config, tmp_path, watcher=watcher)
+    model = add_adapters(make_model()).train()
+    (batch,) = Plan(TRAIN, config).batches(1)
+    causal_lm_loss(model, *collate([TRAIN[index] for index in batch])).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+    assert norm > 1e-3
+    # Sums of the same float32 numbers in two orders.
+    assert watcher.rows[0].grad_norm == pytest.approx(norm, rel=1e-5)
+    # The first moment of AdamW's first step is a tenth of the gradient that it was given.
+    assert torch.cat(moments).norm().item() == pytest.approx(0.1 * min(norm, clip_norm), rel=1e-5)
 
 
 def test_a_model_without_adapters_and_empty_data_are_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from entrenar.autograd.ops._cross_entropy import losses_of, reduce, refuse_no_cl
 from entrenar.autograd.ops._function import Function, no_second_derivative
 from entrenar.autograd.ops._library import define, library
 from entrenar.autograd.ops._override import overridable
+from entrenar.autograd.ops._product import add_linear_dw, linear_dx_into, linear_into
 
 # Of logits at one time. Each product packs the weight anew, so that chunks much smaller are slower.
 CHUNK_BYTES = 64 * 2**20
@@ -47,10 +48,11 @@ def linear_cross_entropy(
 
     The gradients are formed in the forward, if anything requires one, and scaled in the backward. With dy divided by
     the number of targets for a mean, and G = softmax(logits) - onehot(target) in input's dtype: dinput = dy G W,
-    dW = dy Gᵀ input, db = dy Σ G, the last two summed over the chunks in float32. There is no second derivative: asking
-    for a gradient with create_graph=True raises RuntimeError. Raises IndexError naming row and value for a target that
-    is no class (on CUDA, as in torch, a device-side assertion fails), and ValueError where shapes or dtypes do not
-    match.
+    dW = dy Gᵀ input, db = dy Σ G, the last two summed over the chunks in float32. On a CPU on which torch multiplies
+    input's dtype slowly (bfloat16 without AVX-512 BF16) the products are float32's, of W converted in tiles of at most
+    8 MiB, and logits, G and dinput are rounded as they are elsewhere. There is no second derivative: asking for a
+    gradient with create_graph=True raises RuntimeError. Raises IndexError naming row and value for a target that is no
+    class (on CUDA, as in torch, a device-side assertion fails), and ValueError where shapes or dtypes do not match.
     """
     x, weight = autocast(input), autocast(linear_weight)
     bias = None if linear_bias is None else autocast(linear_bias)
@@ -160,20 +162,15 @@ class LinearCrossEntropyFunction(Function):
         for part in parts:
             x, t = input[part], target[part]
             logits = workspace[: len(x)]
-            if linear_bias is None:
-                torch.mm(x, linear_weight.T, out=logits)
-            else:
-                torch.addmm(linear_bias, x, linear_weight.T, out=logits)
+            linear_into(logits, x, linear_weight, linear_bias)
             if not (wants_input or wants_weight or wants_bias):
                 losses[part] = losses_of(logits, t, ignore_index)
                 continue
             losses[part] = turn_into_gradient(logits, t, ignore_index)
             if wants_input:
-                torch.mm(logits, linear_weight, out=dx[part])
-            if wants_weight and wide == x.dtype:
-                dw.addmm_(logits.T, x)
-            elif wants_weight:
-                dw += logits.T @ x
+                linear_dx_into(dx[part], logits, linear_weight)
+            if wants_weight:
+                add_linear_dw(dw, logits, x)
             if wants_bias:
                 db += logits.sum(0, dtype=wide)
         factor = gradient_factor(target, ignore_index, reduction, wide)
