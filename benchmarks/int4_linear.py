@@ -116,9 +116,7 @@ def main() -> None:
     torch.manual_seed(0)
     rows = measure(arguments.size, arguments.batch_sizes, arguments.rounds)
     print_table(rows)
-    write(
-        "int4_linear", {"size": arguments.size, "rank": RANK, "rows": rows, "floor": floor()}
-    )
+    write("int4_linear", {"size": arguments.size, "rank": RANK, "rows": rows, "floor": floor()})
 
 
 if __name__ == "__main__":

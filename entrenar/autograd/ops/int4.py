@@ -42,7 +42,8 @@ def int4_quantize(
     The error of an element is at most s / 2, plus what rounding s itself costs. A scale below float16's smallest
     positive value (5.96e-8) becomes zero, and so does its block.
 
-    Raises ValueError for a matrix without columns, for a NaN or infinity in the weight, and for a scale above the largest float16 (65504).
+    Raises ValueError for a matrix without columns, for a NaN or infinity in the weight, and for a scale above the
+    largest float16 (65504).
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"{name}: int4 takes a floating-point matrix, not {weight.dtype} {tuple(weight.shape)}")
