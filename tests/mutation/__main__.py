@@ -2,7 +2,7 @@
 
 Each mutant runs in a fork of this process, which has imported torch and the peers but nothing of the package. There an
 import hook gives the tests the mutant in place of its file, which stays as it is, and an editable install makes no
-difference. A mutant meets the tests that reach its statement (one that runs at import: those that reach the file later),
+difference. A mutant meets the tests that reach its statement (one that runs at import: those that reach the file),
 fastest first, until one fails. Mutants come in a seeded random order; each file gets a share of the time that goes with
 its number of mutants.
 """
