@@ -276,6 +276,14 @@ def with_a_gate(attention: nn.Module) -> None:
     attention.gate_proj = nn.Linear(64, 64)
 
 
+def with_a_parameter(attention: nn.Module) -> None:
+    attention.sinks = nn.Parameter(torch.zeros(4))
+
+
+def with_a_buffer(attention: nn.Module) -> None:
+    attention.register_buffer("sinks", torch.zeros(4))
+
+
 def not_known_to_be_causal(attention: nn.Module) -> None:
     del attention.is_causal
 
@@ -302,6 +310,8 @@ def eager(attention: nn.Module) -> None:
     [
         (with_sinks, "has the settings sinks, softcap"),
         (with_a_gate, "does not consist of"),
+        (with_a_parameter, "does not consist of"),
+        (with_a_buffer, "does not consist of"),
         (hooked, "has hooks"),
         (eager, "implementation 'sdpa'"),
         (not_known_to_be_causal, "is not causal"),
@@ -315,6 +325,37 @@ def test_attention_with_unknown_parts_stays(change, reason):
     report = fuse(model)
     assert reason in report.kept["model.layers.0.self_attn"]
     assert "model.layers.1.self_attn" in report.fused
+
+
+def with_a_bias(norm: nn.Module) -> None:
+    norm.bias = nn.Parameter(torch.zeros(64))
+
+
+def with_a_gain(norm: nn.Module) -> None:
+    norm.gain = 2.0
+
+
+def without_an_epsilon(norm: nn.Module) -> None:
+    norm.gain = norm.variance_epsilon
+    del norm.variance_epsilon
+
+
+@pytest.mark.parametrize("change", [with_a_bias, with_a_gain, without_an_epsilon])
+def test_norm_with_unknown_parts_stays(change):
+    model = make()
+    change(model.model.norm)
+    report = fuse(model)
+    assert report.kept == {"model.norm": "has other settings than a weight and an epsilon"}
+
+
+def test_torchs_silu_is_known():
+    model = make()
+    model.model.layers[0].mlp.act_fn = nn.SiLU()
+    assert fuse(model).kept == {}
+
+
+def test_norm_shows_its_width_and_epsilon():
+    assert str(make_wrapped().model.norm) == "FusedRMSNorm(64, eps=1e-06)"
 
 
 def test_changed_scale_is_taken_over():
