@@ -311,8 +311,11 @@ def test_extreme_rows_go_where_the_formula_goes(dtype, value, backend):
         torch.testing.assert_close(kernels_dw, formulas_dw, equal_nan=True)
 
 
+@pytest.mark.parametrize("strides", ["contiguous", "transposed", "stepped"])
 @pytest.mark.parametrize("kernel", PARAMS)
-def test_opcheck(kernel):
+def test_opcheck(kernel, strides):
+    inputs = arguments(kernel, (2, 3), 20, torch.float32)
+    inputs = [restrided(x, strides) if x.shape == inputs[0].shape else x for x in inputs]
     calls = []
 
     class Record(TorchDispatchMode):
@@ -321,7 +324,7 @@ def test_opcheck(kernel):
             return func(*args, **(kwargs or {}))
 
     with Record():
-        kernel.call(*arguments(kernel, (3,), 20, torch.float32))
+        kernel.call(*inputs)
     ((op, args),) = [call for call in calls if call[0].namespace == "entrenar"]
     assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
 
