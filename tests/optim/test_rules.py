@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import bitsandbytes.optim
 import pytest
 import torch
 from hypothesis import given, settings
@@ -285,6 +286,29 @@ def test_default_params_and_long_names():
     assert optim.SGD([param], learning_rate=0.25).defaults["lr"] == 0.25
     lion = optim.Lion([param], learning_rate=0.25, beta1=0.5)
     assert (lion.defaults["lr"], lion.defaults["betas"]) == (0.25, (0.5, 0.99))
+
+
+def defaults(cls) -> dict:
+    return cls([torch.nn.Parameter(torch.zeros(1))]).defaults
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [*((cls, theirs) for cls, theirs in TORCH.items()), (optim.Lion, bitsandbytes.optim.Lion)]
+)
+def test_defaults_are_those_of_others(ours, theirs):
+    shared = {"lr", "betas", "eps", "momentum", "dampening", "weight_decay", "nesterov", "maximize"} & defaults(
+        ours
+    ).keys()
+    expected = defaults(theirs)
+    assert {name: defaults(ours)[name] for name in shared} == {name: expected.get(name, False) for name in shared}
+    assert (defaults(ours)["stochastic_rounding"], defaults(ours)["seed"]) == (False, 0)
+
+
+# Without a momentum there is no state to keep in 8 bits.
+@pytest.mark.parametrize(("name", "other"), [("SGD", {"momentum": 0.9}), ("Adam", {}), ("AdamW", {}), ("Lion", {})])
+def test_defaults_in_8_bits_are_those_in_32(name, other):
+    expected = {**defaults(getattr(optim, name)), **other, "min_8bit_size": 4096}
+    assert defaults(getattr(optim, name + "8bit")) == expected
 
 
 @pytest.mark.parametrize(
