@@ -61,7 +61,7 @@ def quantize_blockwise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     magnitude is below 2**-126 becomes zeros.
     """
     blocks = _blocks(x.float())
-    absmax = blocks.abs().amax(dim=1) if len(blocks) else x.new_zeros(0, dtype=torch.float32)
+    absmax = blocks.abs().amax(dim=1)
     absmax = torch.where(absmax < LEAST_ABSMAX, 0, absmax)
     inverse = torch.where(absmax > 0, 1 / absmax, 0)
     codes = encode(blocks * inverse[:, None], signed)

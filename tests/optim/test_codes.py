@@ -105,6 +105,26 @@ def test_blocks_and_back(signed):
     assert torch.equal(quantize_blockwise(torch.zeros(0), signed)[1], torch.zeros(0))
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_smallest_blocks(signed):
+    least = torch.finfo(torch.float32).tiny
+    x = torch.tensor([0.0, least / 2, least]).repeat_interleave(BLOCK)
+    codes, absmax = quantize_blockwise(x, signed)
+    assert absmax.tolist() == [0, 0, least]
+    assert codes.view(3, BLOCK).unique(dim=1).flatten().tolist() == [*[ZERO_CODE if signed else 0] * 2, 255]
+
+
+def test_the_maps_do_not_depend_on_the_default_device():
+    cached = dynamic_map, code_bounds, codebook
+    expected = [codebook(signed, torch.device("cpu")) for signed in (True, False)]
+    for function in cached:
+        function.cache_clear()
+    with torch.device("meta"):
+        found = [codebook(signed, torch.device("cpu")) for signed in (True, False)]
+    # As bytes: among the words are integers, which as floats are NaN.
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("kind", EIGHT_BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_step_is_the_references(kind, dtype, backend):
