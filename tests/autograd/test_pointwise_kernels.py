@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from entrenar.autograd import ops
 from entrenar.autograd.ops._kernel import has_kernel
@@ -394,6 +395,53 @@ def test_formula_and_kernel_agree(name):
     (kernels,), (formula,) = (torch.autograd.grad(y, x, dy, True, create_graph=graph) for graph in (False, True))
     torch.testing.assert_close(kernels, formula)
     torch.testing.assert_close(torch.func.vmap(PUBLIC[name])(x[None])[0], y)
+
+
+class Wrapped(Tensor):
+    """A tensor that knows torch's own operators only."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner):
+        wrapped = torch.Tensor._make_wrapper_subclass(cls, inner.shape, inner.stride(), dtype=inner.dtype)
+        wrapped.inner = inner
+        return wrapped
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func.namespace == "aten", func
+        args, kwargs = tree_map_only(cls, lambda x: x.inner, (args, kwargs or {}))
+        return tree_map_only(Tensor, cls, func(*args, **kwargs))
+
+
+ROWS, ROW = (3, 6), (6,)
+OPERANDS = {
+    **{name: (function, [ROWS]) for name, function in PUBLIC.items()},
+    "layer_norm": (lambda x, w, b: ops.layer_norm(x, ROW, w, b), [ROWS, ROW, ROW]),
+    "rms_norm": (lambda x, w: ops.rms_norm(x, ROW, w), [ROWS, ROW]),
+    "add_rms_norm": (lambda x, residual, w: ops.add_rms_norm(x, residual, w)[1], [ROWS, ROWS, ROW]),
+    "swiglu": (ops.swiglu, [ROWS, ROWS]),
+    "rotary_embedding": (ops.rotary_embedding, [ROWS, ROWS, ROWS]),
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_other_kinds_of_tensors_go_through_the_formulas(name):
+    function, shapes = OPERANDS[name]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    y, dy = function(*inputs), torch.randn(ROWS)
+    expected = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    found = torch.autograd.grad(y, inputs, Wrapped(dy))
+    torch.testing.assert_close([dx.inner for dx in found], list(expected))
+    for i, x in enumerate(inputs):
+        wrapped = Wrapped(x.detach()).requires_grad_()
+        result = function(*inputs[:i], wrapped, *inputs[i + 1 :])
+        torch.testing.assert_close(result.inner, y)
+        (dx,) = torch.autograd.grad(result, wrapped, Wrapped(dy))
+        torch.testing.assert_close(dx.inner, expected[i])
 
 
 def test_what_has_no_kernel():
