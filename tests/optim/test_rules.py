@@ -311,6 +311,15 @@ def test_defaults_in_8_bits_are_those_in_32(name, other):
     assert defaults(getattr(optim, name + "8bit")) == expected
 
 
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+def test_settings_in_8_bits_are_those_in_32(kind):
+    settings = {**KINDS[kind][1], "maximize": True, "max_norm": 2.0, "stochastic_rounding": True, "seed": 7}
+    param = torch.nn.Parameter(torch.zeros(1))
+    wide, narrow = KINDS[kind][0]([param], **settings), EIGHT_BITS[kind]([param], **settings, min_8bit_size=5)
+    assert narrow.defaults == {**wide.defaults, "min_8bit_size": 5}
+    assert narrow.max_norm == wide.max_norm == 2.0
+
+
 @pytest.mark.parametrize(
     ("cls", "setting", "message"),
     [
@@ -322,6 +331,8 @@ def test_defaults_in_8_bits_are_those_in_32(name, other):
             "nesterov needs a momentum, and no dampening",
         ),
         (optim.Lion, {"betas": (0.9, 1.0)}, "beta2 must be"),
+        (optim.Lion, {"betas": (0.9, 0.99, 0.999)}, "zip"),
+        (optim.Adam, {"betas": (0.9, 0.99, 0.999)}, "zip"),
         (optim.Lion, {"lr": -1}, "lr must be"),
         (optim.Adam, {"amsgrad": True}, "amsgrad=True is not supported"),
         (optim.AdamW, {"differentiable": True}, "differentiable=True is not supported"),
