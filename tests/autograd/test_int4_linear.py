@@ -221,8 +221,8 @@ def test_int8_product_equals_that_of_the_rounded_rows(dtype, limit, sizes, block
     skip_where_int8_is_refused(backend)
     rows, outputs, columns = sizes
     codes, scales = int4_quantize(torch.randn(outputs, columns), block=block)
-    x = torch.randn(rows, 2 * columns)[:, ::2].to(dtype)
-    x[1] = 0
+    x = torch.randn(1, rows, 2 * columns)[..., ::2].to(dtype)
+    x[0, 1] = 0
     bias = torch.randn(outputs)
     y = int4_linear(x, codes, scales, bias, block=block, int8=True)
     expected = int4_linear_reference(int8_rows_reference(x, block).double(), codes, scales, bias, block)

@@ -15,6 +15,7 @@ from torch.testing._internal.common_optimizers import optim_db
 
 import entrenar
 from entrenar import optim
+from entrenar.optim.sgd import sgd_update_
 
 TORCH = {optim.SGD: torch.optim.SGD, optim.Adam: torch.optim.Adam, optim.AdamW: torch.optim.AdamW}
 ALIKE = [kind for kind, (ours, *_) in KINDS.items() if ours in TORCH]
@@ -87,6 +88,14 @@ def test_a_step_in_16_bits_rounds_once(kind, dtype, backend):
                 actual = optimizer.state[param][name]
                 assert actual.dtype == (torch.float32 if name == "step" else dtype)
                 assert torch.equal(actual, value.to(actual.dtype)), name
+
+
+def test_an_update_of_sgd_by_hand():
+    param, buffer = torch.tensor([1.0]), torch.tensor([1.0])
+    sgd_update_(param, torch.tensor([0.25]), buffer, 2, lr=0.1, momentum=0.5)
+    torch.testing.assert_close((param, buffer), (torch.tensor([0.925]), torch.tensor([0.75])))
+    sgd_update_(param, torch.tensor([0.25]), None, 3, lr=0.1)
+    torch.testing.assert_close(param, torch.tensor([0.9]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
