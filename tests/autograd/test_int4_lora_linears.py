@@ -111,6 +111,16 @@ def test_second_derivative_is_refused():
         dx.sum().backward()
 
 
+def test_derivative_of_the_backward_operator_is_refused():
+    codes, scales, _, lora_A, lora_B = make(*QKV)
+    x, ops = torch.randn(5, 80), torch.ops.entrenar
+    ys, us = ops.int4_lora_linears(x, codes, scales, None, lora_A, lora_B, 0.5, 64, False)
+    dys = [torch.ones_like(y).requires_grad_() for y in ys]
+    dx, *_ = ops.int4_lora_linears_backward(dys, x, codes, scales, lora_A, lora_B, us, 0.5, 64, True)
+    with pytest.raises(RuntimeError, match="int4_lora_linears has no second derivative"):
+        dx.sum().backward()
+
+
 def test_lists_of_different_lengths_are_refused():
     codes, scales, bias, lora_A, lora_B = make(*QKV)
     with pytest.raises(ValueError, match="lists of one length up to 8, not of 3, 3, 3, 2 and 3"):
