@@ -168,6 +168,23 @@ def test_any_shape(sample):
         check_sample(sample, factor=4)
 
 
+def test_what_has_a_kernel():
+    wide, narrow = torch.randn(4, 6, 8), torch.randn(2, 5, 8)
+    causal_in_16_bits = [x.bfloat16() for x in (wide, narrow, narrow)]
+    assert has_kernel(wide, narrow, narrow, enable_gqa=True, is_causal=False)
+    if wide.is_cpu:
+        assert has_kernel(*causal_in_16_bits, enable_gqa=True, is_causal=True)
+    else:
+        assert not has_kernel(*causal_in_16_bits, enable_gqa=True, is_causal=True)
+    assert not has_kernel(wide, narrow, narrow, enable_gqa=False, is_causal=False)
+    assert not has_kernel(*(x.double() for x in (wide, narrow, narrow)), enable_gqa=True, is_causal=False)
+    assert not has_kernel(*(x.to("meta") for x in (wide, narrow, narrow)), enable_gqa=True, is_causal=False)
+    for columns, has in ((256, True), (257, False)):
+        x = torch.randn(2, 5, columns)
+        assert has_kernel(x, x, narrow, enable_gqa=False, is_causal=False) is has
+        assert has_kernel(narrow, narrow, x, enable_gqa=False, is_causal=False) is has
+
+
 @pytest.mark.parametrize("larger", [0, 1, 2])
 def test_leading_dimensions_are_broadcast(larger):
     args = [leaf(*((2, 3) if i == larger else (3,)), 5, 4) for i in range(3)]
@@ -358,7 +375,17 @@ def test_kernel_does_not_depend_on_threads(sizes, dtype, backend):
 
 
 def test_kernel_needs_no_copy_between_projections():
-    y = attention(*kernel_arguments(2, 4, 2, 5, 5, 8, 8, torch.float32), enable_gqa=True)
+    args, read = kernel_arguments(2, 4, 2, 5, 5, 8, 8, torch.float32), []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "entrenar":
+                read.extend(x.data_ptr() for x in args[:3])
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        y = attention(*args, enable_gqa=True)
+    assert read == [x.data_ptr() for x in args]
     assert y.transpose(1, 2).reshape(2, 5, -1).data_ptr() == y.data_ptr()
 
 
