@@ -196,7 +196,7 @@ def test_kernel_is_right_but_for_one_rounding(kernel, shape, dtype, backend):
     check(kernel, arguments(kernel, *SHAPES[shape], dtype))
 
 
-STRIDES = ["transposed", "sliced", "stepped", "expanded", "shifted"]
+STRIDES = ["transposed", "turned", "sliced", "stepped", "expanded", "shifted"]
 
 
 def restrided(x: Tensor, strides: str) -> Tensor:
@@ -210,6 +210,8 @@ def restrided(x: Tensor, strides: str) -> Tensor:
         return torch.cat([x, x], -1)[..., : x.shape[-1]]
     if strides == "stepped":
         return torch.stack([x, x], -1)[..., 0]
+    if strides == "turned" and x.dim() > 1:
+        return x.mT.contiguous().mT
     if strides == "transposed" and x.dim() > 1:
         return x.movedim(-2, 0).contiguous().movedim(0, -2)
     if strides == "expanded" and x.numel():
@@ -312,7 +314,7 @@ def test_extreme_rows_go_where_the_formula_goes(dtype, value, backend):
         torch.testing.assert_close(kernels_dw, formulas_dw, equal_nan=True)
 
 
-@pytest.mark.parametrize("strides", ["contiguous", "transposed", "stepped"])
+@pytest.mark.parametrize("strides", ["contiguous", "transposed", "turned"])
 @pytest.mark.parametrize("kernel", PARAMS)
 def test_opcheck(kernel, strides):
     inputs = arguments(kernel, (2, 3), 20, torch.float32)
