@@ -50,7 +50,7 @@ coverage: $(READY)
 	$(BIN)/coverage report --format=markdown > benchmarks/results/coverage.md
 
 mutants: $(READY)
-	$(BIN)/python tests/mutation entrenar/optim entrenar/lora entrenar/autograd --minutes $(MINUTES)
+	$(BIN)/python tests/mutation entrenar/optim entrenar/lora entrenar/fusion entrenar/autograd --minutes $(MINUTES)
 
 cuda: $(READY)
 	@command -v nvcc >/dev/null || { echo 'nvcc is missing: install the CUDA toolkit' >&2; exit 1; }

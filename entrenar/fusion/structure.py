@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 # Set by torch on every module, and by transformers on every module that it initialized.
-_BOOKKEEPING = {*vars(nn.Module()), "_is_hf_initialized", "gradient_checkpointing"}
+_BOOKKEEPING = {*vars(nn.Module()), "_is_hf_initialized"}
 
 
 class NotFusableError(Exception):

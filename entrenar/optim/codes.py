@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ ZERO_CODE = 127  # of the signed map
 LEAST_ABSMAX = torch.finfo(torch.float32).tiny
 
 
-@lru_cache(maxsize=2)
+@cache
 def dynamic_map(signed: bool) -> Tensor:
     """The 256 values of the dynamic map in ascending order (Dettmers, 2015), float32 on the CPU.
 
@@ -33,7 +33,7 @@ def _magnitudes(signed: bool) -> Tensor:
     return dynamic_map(signed)[ZERO_CODE:] if signed else dynamic_map(signed)
 
 
-@lru_cache(maxsize=2)
+@cache
 def code_bounds(signed: bool) -> Tensor:
     """From which magnitude on the code is above i, counted from the zero's: just above the middle of two values."""
     values = _magnitudes(signed).double()
@@ -61,7 +61,7 @@ def quantize_blockwise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     magnitude is below 2**-126 becomes zeros.
     """
     blocks = _blocks(x.float())
-    absmax = blocks.abs().amax(dim=1) if len(blocks) else x.new_zeros(0, dtype=torch.float32)
+    absmax = blocks.abs().amax(dim=1)
     absmax = torch.where(absmax < LEAST_ABSMAX, 0, absmax)
     inverse = torch.where(absmax > 0, 1 / absmax, 0)
     codes = encode(blocks * inverse[:, None], signed)
@@ -101,7 +101,7 @@ def _regions(signed: bool) -> list[_Region]:
     return [*regions, _Region(float(bounds[-1]), 0.0, float(len(bounds) - 1))]
 
 
-@lru_cache(maxsize=16)
+@cache
 def codebook(signed: bool, device: torch.device) -> Tensor:
     """What the kernels need of the map, laid out as `Codebook` in csrc/codes8bit.h."""
     regions, infinity = _regions(signed), torch.tensor([torch.inf], device="cpu")

@@ -71,4 +71,4 @@ def _group(group: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         return {**kept, "momentum": group["betas"][0]}
     if len(names) == 2:
         kept["eps"] = group["eps"]
-    return {**kept, "betas": tuple(group["betas"][:2])}
+    return {**kept, "betas": tuple(group["betas"])}

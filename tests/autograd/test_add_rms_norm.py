@@ -98,7 +98,7 @@ def test_vmap():
     [
         (((2, 3), (3,), (3,)), "one shape"),
         (((), (), ()), "one shape"),
-        (((2, 3), (2, 3), (2,)), r"weight must be \[3\]"),
+        (((1, 2, 3), (1, 2, 3), (2,)), r"weight must be \[3\] of torch.float32, not \[2\]"),
     ],
 )
 def test_bad_shapes_are_refused(shapes, message):

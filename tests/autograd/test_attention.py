@@ -168,6 +168,32 @@ def test_any_shape(sample):
         check_sample(sample, factor=4)
 
 
+def test_what_has_a_kernel():
+    wide, narrow = torch.randn(4, 6, 8), torch.randn(2, 5, 8)
+    causal_in_16_bits = [x.bfloat16() for x in (wide, narrow, narrow)]
+    assert has_kernel(wide, narrow, narrow, enable_gqa=True, is_causal=False)
+    if wide.is_cpu:
+        assert has_kernel(*causal_in_16_bits, enable_gqa=True, is_causal=True)
+    else:
+        assert not has_kernel(*causal_in_16_bits, enable_gqa=True, is_causal=True)
+    assert not has_kernel(wide, narrow, narrow, enable_gqa=False, is_causal=False)
+    assert not has_kernel(*(x.double() for x in (wide, narrow, narrow)), enable_gqa=True, is_causal=False)
+    assert not has_kernel(*(x.to("meta") for x in (wide, narrow, narrow)), enable_gqa=True, is_causal=False)
+    for columns, has in ((256, True), (257, False)):
+        x = torch.randn(2, 5, columns)
+        assert has_kernel(x, x, narrow, enable_gqa=False, is_causal=False) is has
+        assert has_kernel(narrow, narrow, x, enable_gqa=False, is_causal=False) is has
+
+
+@pytest.mark.parametrize("larger", [0, 1, 2])
+def test_leading_dimensions_are_broadcast(larger):
+    args = [leaf(*((2, 3) if i == larger else (3,)), 5, 4) for i in range(3)]
+    y, expected = attention(*args), torch_attention(*args)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, args, dy), torch.autograd.grad(expected, args, dy))
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
 def test_nothing_to_attend(queries, keys):
     args = leaf(2, queries, 4), leaf(2, keys, 4), leaf(2, keys, 5)
@@ -349,7 +375,17 @@ def test_kernel_does_not_depend_on_threads(sizes, dtype, backend):
 
 
 def test_kernel_needs_no_copy_between_projections():
-    y = attention(*kernel_arguments(2, 4, 2, 5, 5, 8, 8, torch.float32), enable_gqa=True)
+    args, read = kernel_arguments(2, 4, 2, 5, 5, 8, 8, torch.float32), []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "entrenar":
+                read.extend(x.data_ptr() for x in args[:3])
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        y = attention(*args, enable_gqa=True)
+    assert read == [x.data_ptr() for x in args]
     assert y.transpose(1, 2).reshape(2, 5, -1).data_ptr() == y.data_ptr()
 
 
@@ -477,26 +513,36 @@ def test_the_kernels_backward_refuses_what_it_cannot_read(changed, message):
 
 
 @pytest.mark.parametrize(
-    ("shapes", "settings"),
+    ("shapes", "settings", "message"),
     [
-        (((2, 3, 4), (2, 3, 5), (2, 3, 4)), {}),
-        (((2, 3, 4), (2, 3, 4), (2, 2, 4)), {}),
-        (((2, 3, 4), (3, 3, 4), (3, 3, 4)), {}),
-        (((4,), (3, 4), (3, 4)), {}),
-        (((3, 3, 4), (2, 3, 4), (2, 3, 4)), {"enable_gqa": True}),
-        (((3, 4), (3, 4), (3, 4)), {"attn_mask": torch.ones(3, 3), "is_causal": True}),
-        (((3, 4), (3, 4), (3, 4)), {"attn_mask": torch.ones(2, 3)}),
-        (((3, 4), (3, 4), (3, 4)), {"attn_mask": torch.ones(5, 3)}),
-        (((3, 4), (3, 4), (3, 4)), {"attn_mask": torch.ones(2, 3, 3)}),
-        (((3, 4), (3, 4), (3, 4)), {"attn_mask": torch.ones(3, 3, dtype=torch.long)}),
-        (((3, 4), (3, 4), (3, 4)), {"dropout_p": 1.5}),
+        (
+            ((2, 3, 4), (2, 3, 5), (2, 3, 4)),
+            {},
+            r"as many columns.*: query \(2, 3, 4\) torch.float32 on \w+, key \(2, 3, 5\) torch.float32 on \w+, "
+            r"value \(2, 3, 4\) torch.float32 on \w+$",
+        ),
+        (((2, 3, 4), (2, 3, 4), (2, 2, 4)), {}, "key and value as many rows"),
+        (((2, 3, 4), (3, 3, 4), (3, 3, 4)), {}, "broadcast"),
+        (((4,), (3, 4), (3, 4)), {}, "at least 2 dimensions"),
+        (((3, 3, 4), (2, 3, 4), (2, 3, 4)), {"enable_gqa": True}, "a multiple of them, in dimension -3"),
+        (((3, 4), (3, 4), (3, 4)), {"attn_mask": torch.ones(3, 3), "is_causal": True}, "exclude each other"),
+        (((3, 4), (3, 4), (3, 4)), {"attn_mask": torch.ones(2, 3)}, "expanded size"),
+        (((3, 4), (3, 4), (3, 4)), {"attn_mask": torch.ones(5, 3)}, "expanded size"),
+        (((3, 4), (3, 4), (3, 4)), {"attn_mask": torch.ones(2, 3, 3)}, "number of sizes"),
+        (
+            ((3, 4), (3, 4), (3, 4)),
+            {"attn_mask": torch.ones(3, 3, dtype=torch.long)},
+            "must be of torch.bool, torch.float32 or torch.float32, not torch.int64",
+        ),
+        (((3, 4), (3, 4), (3, 4)), {"dropout_p": 1.5}, "between 0 and 1, not 1.5"),
     ],
 )
-def test_bad_arguments_are_refused_as_torch_refuses_them(shapes, settings):
+def test_bad_arguments_are_refused_as_torch_refuses_them(shapes, settings, message):
     args = [torch.ones(shape) for shape in shapes]
-    for op in (attention, torch_attention):
-        with pytest.raises(RuntimeError):
-            op(*args, **settings)
+    with pytest.raises(RuntimeError, match=message):
+        attention(*args, **settings)
+    with pytest.raises(RuntimeError):
+        torch_attention(*args, **settings)
 
 
 def test_what_torch_takes_against_its_own_words_is_refused():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from float64 import TOLERANCE, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_pointwise_kernels import used
 
 from entrenar.autograd import ops
 from entrenar.autograd.ops._cross_entropy import (
@@ -187,6 +188,23 @@ def test_cross_entropy_and_its_gradient_are_those_of_float64(reduction, dtype, b
     (gradient,), (wanted,) = torch.autograd.grad(loss, x, dy), torch.autograd.grad(expected, wide, dy.double())
     assert gradient.dtype == dtype
     assert_close(gradient, wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "by_kernel"),
+    [
+        ((5,), {}, True),
+        ((4, 5), {}, True),
+        ((4, 5), {"ignore_index": 0, "reduction": "sum"}, True),
+        ((4, 5, 3), {}, False),
+        ((4, 5), {"weight": torch.ones(5)}, False),
+        ((4, 5), {"label_smoothing": 0.1}, False),
+    ],
+)
+def test_kernels_run_where_they_can(shape, settings, by_kernel):
+    x, target = torch.randn(shape, requires_grad=True), torch.zeros(shape[:1] * (len(shape) > 1) + shape[2:]).long()
+    kernels = {"cross_entropy_losses", "cross_entropy_gradient"} if by_kernel else set()
+    assert used(lambda: ops.cross_entropy(x, target, **settings).backward()) == kernels
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entrenar.autograd.ops import int4_dequantize, int4_quantize
+from entrenar.autograd.ops.int4 import int4_quantize_reference
 
 BLOCKS = pytest.mark.parametrize("block", [32, 64])
 
@@ -102,6 +103,7 @@ def test_zero_block_decodes_to_zeros(block):
     codes, scales = int4_quantize(weight, block=block)
     assert scales.view(torch.float16)[1, 1] == 0
     assert not int4_dequantize(codes, scales, 2 * block, block=block)[1, block:].any()
+    assert torch.equal(codes, int4_quantize_reference(weight, block, torch.float16)[0])
 
 
 def test_matrix_without_rows():
@@ -120,12 +122,12 @@ def test_non_finite_weight_is_named(bad, dtype, backend):
 
 
 def test_scale_beyond_float16_is_refused_and_float32_holds_it():
-    weight = torch.ones(2, 64)
-    weight[1, 3] = 1e6
-    with pytest.raises(ValueError, match=r"weight\[1, 3\] is 1e\+06.*use scale_dtype=torch.float32"):
+    weight = torch.ones(2, 130)
+    weight[1, 67], weight[1, 129] = 1e6, 2e6
+    with pytest.raises(ValueError, match=r"weight\[1, 67\] is 1e\+06.*use scale_dtype=torch.float32"):
         int4_quantize(weight)
     codes, scales = int4_quantize(weight, scale_dtype=torch.float32)
-    assert int4_dequantize(codes, scales, 64)[1, 3].item() == pytest.approx(1e6, rel=1e-6)
+    assert int4_dequantize(codes, scales, 130)[1, 67].item() == pytest.approx(1e6, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -145,9 +147,22 @@ def test_bad_arguments_of_quantize(arguments, message):
 
 def test_sizes_that_do_not_belong_together_are_refused():
     codes, scales = int4_quantize(torch.randn(4, 64))
-    for wrong in [(codes[:, 1:], scales, 64), (codes, scales[:2], 64), (codes, scales, 96), (codes.int(), scales, 64)]:
-        with pytest.raises(ValueError, match="codes"):
+    for wrong in [(codes[:, 1:], scales, 64), (codes, scales[:2], 64), (codes, scales[:, :1], 64), (codes, scales, 96)]:
+        with pytest.raises(ValueError, match="are not an int4 matrix with"):
             int4_dequantize(*wrong)
+    for wrong in [(codes.int(), scales), (codes, scales.int()), (codes[0], scales), (codes, scales[0])]:
+        with pytest.raises(ValueError, match="codes and scales are uint8 matrices"):
+            int4_dequantize(*wrong, 64)
+    with pytest.raises(ValueError, match="blocks are of 32 or 64 elements, not 16"):
+        int4_dequantize(codes, scales, 64, block=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
+def test_decodes_to_any_dtype(dtype):
+    codes, scales = int4_quantize(torch.randn(4, 70))
+    decoded = int4_dequantize(codes, scales, 70, dtype=dtype)
+    assert decoded.dtype == dtype
+    assert torch.equal(decoded, int4_dequantize(codes, scales, 70).to(dtype))
 
 
 def test_the_operator_itself_refuses_wrong_memory():

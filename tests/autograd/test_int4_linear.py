@@ -143,6 +143,14 @@ def test_second_derivative_through_lora_is_refused(packed):
         dx.sum().backward()
 
 
+def test_derivative_of_the_backward_operator_is_refused(packed):
+    x, dy, (A, B) = torch.randn(5, 80), torch.randn(5, 24, requires_grad=True), lora()
+    backward = torch.ops.entrenar.int4_lora_linear_backward
+    dx, *_ = backward(dy, x, *packed, A, B, x @ A.T, 1.0, 64, True, False)
+    with pytest.raises(RuntimeError, match="int4_lora_linear has no second derivative"):
+        dx.sum().backward()
+
+
 def test_backward_keeps_packed_weights_only(packed):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -192,6 +200,9 @@ def test_bad_bias_and_adapter_are_refused(packed):
         int4_linear(x, *packed, torch.randn(23))
     with pytest.raises(ValueError, match="are not"):
         int4_lora_linear(x, *packed, None, torch.randn(4, 80), torch.randn(24, 5), 1.0)
+    for lora_x in (x[:1], x.bfloat16()):
+        with pytest.raises(ValueError, match=r"lora_x is \([12], 80\) torch\.\w+, and x \(2, 80\) torch.float32"):
+            int4_lora_linear(x, *packed, None, *lora(), 1.0, lora_x=lora_x)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)], ids=str)
@@ -232,8 +243,8 @@ def test_int8_product_equals_that_of_the_rounded_rows(dtype, limit, sizes, block
     skip_where_int8_is_refused(backend)
     rows, outputs, columns = sizes
     codes, scales = int4_quantize(torch.randn(outputs, columns), block=block)
-    x = torch.randn(rows, 2 * columns)[:, ::2].to(dtype)
-    x[1] = 0
+    x = torch.randn(1, rows, 2 * columns)[..., ::2].to(dtype)
+    x[0, 1] = 0
     bias = torch.randn(outputs)
     y = int4_linear(x, codes, scales, bias, block=block, int8=True)
     expected = int4_linear_reference(int8_rows_reference(x, block).double(), codes, scales, bias, block)

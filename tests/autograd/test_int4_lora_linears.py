@@ -41,9 +41,21 @@ def test_gradients_equal_the_references(backend, data):
     assert_near_float64(rows, columns, sizes, ranks, dtype, limit)
 
 
+@pytest.mark.cpu("int8 activations are the CPU's")
+def test_results_in_int8_are_those_of_separate_calls():
+    layers = make(*QKV)
+    x = torch.randn(40, 80)
+    together = int4_lora_linears(x, *layers, 0.5, int8=True)
+    separate = [int4_lora_linear(x, *layer, 0.5, int8=True) for layer in zip(*layers, strict=True)]
+    exact = int4_lora_linears(x, *layers, 0.5)
+    for a, b, other in zip(together, separate, exact, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, other)
+
+
 def test_result_without_gradient_counts_as_zero():
     layers = make(*QKV)
-    x = torch.randn(5, 80, requires_grad=True)
+    x = torch.randn(2, 3, 80, requires_grad=True)
     first = int4_lora_linears(x, *layers, 0.5)[0]
     alone = int4_lora_linear(x, *(each[0] for each in layers), 0.5)
     leaves = [x, layers[3][0], layers[4][0]]
@@ -54,12 +66,35 @@ def test_result_without_gradient_counts_as_zero():
     assert not found[-1].any()
 
 
+def test_result_that_leads_nowhere_has_no_gradient():
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    codes, scales, _, lora_A, lora_B = make(*QKV)
+    x = torch.randn(5, 80, requires_grad=True)
+    ys, _ = torch.ops.entrenar.int4_lora_linears(x, codes, scales, None, lora_A, lora_B, 0.5, 64, False)
+    (dx,) = torch.autograd.grad(Cut.apply(ys[0]).sum(), x)
+    assert not dx.any()
+
+
 def test_opcheck():
     codes, scales, bias, lora_A, lora_B = make(80, (24, 8), (4, 1), (True, True))
-    x = torch.randn(5, 80, requires_grad=True)
+    x, ops = torch.randn(80, 5).T.requires_grad_(), torch.ops.entrenar
     arguments = (x, codes, scales, torch.cat(bias), lora_A, lora_B, 0.5, 64, False)
-    results = torch.library.opcheck(torch.ops.entrenar.int4_lora_linears.default, arguments)
+    results = torch.library.opcheck(ops.int4_lora_linears.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
+    x, *adapters = (x.detach(), [A.detach() for A in lora_A], [B.detach() for B in lora_B])
+    ys, us = ops.int4_lora_linears(x, codes, scales, None, *adapters, 0.5, 64, False)
+    for needs_dx in (True, False):
+        arguments = (ys, x, codes, scales, *adapters, us, 0.5, 64, needs_dx)
+        results = torch.library.opcheck(ops.int4_lora_linears_backward.default, arguments)
+        assert set(results.values()) == {"SUCCESS"}
 
 
 def test_compiles_without_graph_breaks():
@@ -83,6 +118,16 @@ def test_second_derivative_is_refused():
     x = torch.randn(5, 80, requires_grad=True)
     (dx,) = torch.autograd.grad(int4_lora_linears(x, *make(*QKV), 0.5)[0].sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
+        dx.sum().backward()
+
+
+def test_derivative_of_the_backward_operator_is_refused():
+    codes, scales, _, lora_A, lora_B = make(*QKV)
+    x, ops = torch.randn(5, 80), torch.ops.entrenar
+    ys, us = ops.int4_lora_linears(x, codes, scales, None, lora_A, lora_B, 0.5, 64, False)
+    dys = [torch.ones_like(y).requires_grad_() for y in ys]
+    dx, *_ = ops.int4_lora_linears_backward(dys, x, codes, scales, lora_A, lora_B, us, 0.5, 64, True)
+    with pytest.raises(RuntimeError, match="int4_lora_linears has no second derivative"):
         dx.sum().backward()
 
 

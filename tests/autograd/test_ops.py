@@ -102,9 +102,10 @@ def directions(like: Tensor) -> list[Tensor]:
     return [torch.randn_like(like) for _ in range(8)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("case", "sample"), [p for p in SAMPLES if p.values[1] in ("few rows", "odd", "transposed")])
-def test_opcheck(case, sample):
-    arguments, _ = leaves(case, case.arguments(sample, torch.float32))
+def test_opcheck(case, sample, dtype):
+    arguments, _ = leaves(case, case.arguments(sample, dtype))
     results = torch.library.opcheck(case.op, tuple(arguments))
     assert set(results.values()) == {"SUCCESS"}
 

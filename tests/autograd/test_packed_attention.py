@@ -26,9 +26,10 @@ def tokens_seen(offsets, causal):
     return seen & (token[:, None] >= token) if causal else seen
 
 
-def by_sequence(offsets, query, key, value, is_causal):
+def by_sequence(offsets, query, key, value, is_causal, scale=None):
+    settings = {"is_causal": is_causal, "scale": scale, "enable_gqa": True}
     parts = [
-        attention(*(x[..., start:stop, :] for x in (query, key, value)), is_causal=is_causal, enable_gqa=True)
+        attention(*(x[..., start:stop, :] for x in (query, key, value)), **settings)
         for start, stop in itertools.pairwise(offsets.tolist())
     ]
     return torch.cat(parts, dim=-2)
@@ -95,6 +96,15 @@ def test_equals_attention_of_each_sequence_and_the_reference(dtype, causal, back
         torch.testing.assert_close(actual, wanted)
     expected = packed_attention_reference(*args, offsets, is_causal=causal)
     torch.testing.assert_close(y, expected, atol=max(rounding, 1e-5), rtol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("columns", "scale"), [(1, None), (8, 0.3)])
+def test_scale_is_taken_with_and_without_a_kernel(columns, scale, dtype):
+    offsets = torch.tensor([0, 4, 9], device="cpu")
+    args = arguments(9, dtype, columns=columns)
+    y = packed_attention(*args, offsets, scale=scale)
+    torch.testing.assert_close(y, by_sequence(offsets, *args, True, scale))
 
 
 def test_a_leading_dimension_of_one_stays():
@@ -185,7 +195,10 @@ SHAPES = (2, 9, 8), (1, 9, 8), (1, 9, 8)
         (((9, 8), (9, 8), (9, 8)), "must be \\[heads, N, columns\\]"),
         (((2, 2, 9, 8), (2, 1, 9, 8), (2, 1, 9, 8)), "must be \\[heads, N, columns\\]"),
         (((1, 2, 9, 8), (1, 9, 8), (1, 9, 8)), "must be \\[heads, N, columns\\]"),
-        (((2, 9, 7), (1, 9, 8), (1, 9, 8)), "as many columns"),
+        (
+            ((2, 9, 7), (1, 9, 8), (1, 9, 8)),
+            "as many columns.*: query \\(2, 9, 7\\) .*, key \\(1, 9, 8\\) .*, value \\(1, 9, 8\\) torch.float32 on",
+        ),
         (((2, 8, 8), (1, 9, 8), (1, 9, 8)), "as many rows"),
         (((3, 9, 8), (2, 9, 8), (2, 9, 8)), "a multiple of them"),
         (((2, 9, 8), (1, 9, 8), (2, 9, 8)), "as many heads"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from entrenar.autograd import ops
 from entrenar.autograd.ops._kernel import has_kernel
@@ -195,7 +196,7 @@ def test_kernel_is_right_but_for_one_rounding(kernel, shape, dtype, backend):
     check(kernel, arguments(kernel, *SHAPES[shape], dtype))
 
 
-STRIDES = ["transposed", "sliced", "stepped", "expanded", "shifted"]
+STRIDES = ["transposed", "turned", "sliced", "stepped", "expanded", "shifted"]
 
 
 def restrided(x: Tensor, strides: str) -> Tensor:
@@ -209,6 +210,8 @@ def restrided(x: Tensor, strides: str) -> Tensor:
         return torch.cat([x, x], -1)[..., : x.shape[-1]]
     if strides == "stepped":
         return torch.stack([x, x], -1)[..., 0]
+    if strides == "turned" and x.dim() > 1:
+        return x.mT.contiguous().mT
     if strides == "transposed" and x.dim() > 1:
         return x.movedim(-2, 0).contiguous().movedim(0, -2)
     if strides == "expanded" and x.numel():
@@ -311,8 +314,11 @@ def test_extreme_rows_go_where_the_formula_goes(dtype, value, backend):
         torch.testing.assert_close(kernels_dw, formulas_dw, equal_nan=True)
 
 
+@pytest.mark.parametrize("strides", ["contiguous", "transposed", "turned"])
 @pytest.mark.parametrize("kernel", PARAMS)
-def test_opcheck(kernel):
+def test_opcheck(kernel, strides):
+    inputs = arguments(kernel, (2, 3), 20, torch.float32)
+    inputs = [restrided(x, strides) if x.shape == inputs[0].shape else x for x in inputs]
     calls = []
 
     class Record(TorchDispatchMode):
@@ -321,7 +327,7 @@ def test_opcheck(kernel):
             return func(*args, **(kwargs or {}))
 
     with Record():
-        kernel.call(*arguments(kernel, (3,), 20, torch.float32))
+        kernel.call(*inputs)
     ((op, args),) = [call for call in calls if call[0].namespace == "entrenar"]
     assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
 
@@ -391,6 +397,53 @@ def test_formula_and_kernel_agree(name):
     (kernels,), (formula,) = (torch.autograd.grad(y, x, dy, True, create_graph=graph) for graph in (False, True))
     torch.testing.assert_close(kernels, formula)
     torch.testing.assert_close(torch.func.vmap(PUBLIC[name])(x[None])[0], y)
+
+
+class Wrapped(Tensor):
+    """A tensor that knows torch's own operators only."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner):
+        wrapped = torch.Tensor._make_wrapper_subclass(cls, inner.shape, inner.stride(), dtype=inner.dtype)
+        wrapped.inner = inner
+        return wrapped
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func.namespace == "aten", func
+        args, kwargs = tree_map_only(cls, lambda x: x.inner, (args, kwargs or {}))
+        return tree_map_only(Tensor, cls, func(*args, **kwargs))
+
+
+ROWS, ROW = (3, 6), (6,)
+OPERANDS = {
+    **{name: (function, [ROWS]) for name, function in PUBLIC.items()},
+    "layer_norm": (lambda x, w, b: ops.layer_norm(x, ROW, w, b), [ROWS, ROW, ROW]),
+    "rms_norm": (lambda x, w: ops.rms_norm(x, ROW, w), [ROWS, ROW]),
+    "add_rms_norm": (lambda x, residual, w: ops.add_rms_norm(x, residual, w)[1], [ROWS, ROWS, ROW]),
+    "swiglu": (ops.swiglu, [ROWS, ROWS]),
+    "rotary_embedding": (ops.rotary_embedding, [ROWS, ROWS, ROWS]),
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_other_kinds_of_tensors_go_through_the_formulas(name):
+    function, shapes = OPERANDS[name]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    y, dy = function(*inputs), torch.randn(ROWS)
+    expected = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    found = torch.autograd.grad(y, inputs, Wrapped(dy))
+    torch.testing.assert_close([dx.inner for dx in found], list(expected))
+    for i, x in enumerate(inputs):
+        wrapped = Wrapped(x.detach()).requires_grad_()
+        result = function(*inputs[:i], wrapped, *inputs[i + 1 :])
+        torch.testing.assert_close(result.inner, y)
+        (dx,) = torch.autograd.grad(result, wrapped, Wrapped(dy))
+        torch.testing.assert_close(dx.inner, expected[i])
 
 
 def test_what_has_no_kernel():

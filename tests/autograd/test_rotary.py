@@ -76,10 +76,13 @@ def test_lengths_are_kept_and_positions_are_relative():
     torch.testing.assert_close(x[3] @ y[5], x[6] @ y[8], rtol=1e-5, atol=1e-5)
 
 
-def test_dtypes_are_promoted():
+@pytest.mark.parametrize("cos_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sin_dtype", [torch.float32, torch.bfloat16])
+def test_dtypes_are_promoted(cos_dtype, sin_dtype):
     x = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
-    y = rotary_embedding(x, *tables(3, 4))
-    assert y.dtype == torch.float32
+    cos, sin = tables(3, 4)
+    y = rotary_embedding(x, cos.to(cos_dtype), sin.to(sin_dtype))
+    assert y.dtype == torch.promote_types(cos_dtype, sin_dtype)
     assert torch.autograd.grad(y.sum(), x)[0].dtype == torch.bfloat16
 
 

@@ -12,6 +12,7 @@ from transformers import StaticCache
 
 from entrenar import Tape, fuse, wrap
 from entrenar.fusion import FusedAttention, FusedMLP, FusedRMSNorm
+from entrenar.fusion.fuse import FusionReport
 from entrenar.lora import LoRALayer
 
 
@@ -88,10 +89,18 @@ def test_activation_checkpointing_changes_nothing(reentrant):
 
 
 def test_attention_dropout_applies_in_training_only():
-    fused, plain, _ = twins(attention_dropout=0.5)
-    torch.testing.assert_close(fused(ids()).logits, plain(ids()).logits)
+    fused, plain, report = twins(attention_dropout=0.5)
+    assert report.kept == {}
+    expected = plain(ids()).logits
+    torch.testing.assert_close(fused(ids()).logits, expected)
     fused.train()
-    assert not torch.allclose(fused(ids()).logits, plain(ids()).logits)
+    assert (fused(ids()).logits - expected).norm() > 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_short_inputs_give_the_same_output(length):
+    fused, plain, _ = twins()
+    torch.testing.assert_close(fused(ids()[:, :length]).logits, plain(ids()[:, :length]).logits)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
@@ -230,13 +239,27 @@ class StraightThrough(Doubling):
         return y.detach() + x - x.detach()
 
 
-@pytest.mark.parametrize(("other", "what"), [(Doubling, "output"), (StraightThrough, "gradient of input")])
-def test_module_with_the_same_parts_and_another_formula_stays(other, what):
+class Broken(Doubling):
+    """One that cannot be run."""
+
+    def forward(self, x):
+        raise RuntimeError("out of order")
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (Doubling, "its output differs"),
+        (StraightThrough, "its gradient of input differs"),
+        (Broken, "cannot be compared: out of order"),
+    ],
+)
+def test_module_with_the_same_parts_and_another_formula_stays(other, reason):
     model = make()
     model.model.layers[1].mlp = other(model.model.layers[1].mlp)
     report = fuse(model)
     assert type(model.model.layers[1].mlp) is other
-    assert f"its {what} differs" in report.kept["model.layers.1.mlp"]
+    assert reason in report.kept["model.layers.1.mlp"]
     assert report.fused["model.layers.0.mlp"] == "FusedMLP"
 
 
@@ -246,10 +269,31 @@ def sharp(attention: nn.Module) -> None:
 
 def with_sinks(attention: nn.Module) -> None:
     attention.sinks = 4
+    attention.softcap = 30.0
 
 
 def with_a_gate(attention: nn.Module) -> None:
     attention.gate_proj = nn.Linear(64, 64)
+
+
+def with_a_parameter(attention: nn.Module) -> None:
+    attention.sinks = nn.Parameter(torch.zeros(4))
+
+
+def with_a_buffer(attention: nn.Module) -> None:
+    attention.register_buffer("sinks", torch.zeros(4))
+
+
+def not_known_to_be_causal(attention: nn.Module) -> None:
+    del attention.is_causal
+
+
+def without_a_config(attention: nn.Module) -> None:
+    del attention.config
+
+
+def without_a_scale(attention: nn.Module) -> None:
+    del attention.scaling
 
 
 def hooked(attention: nn.Module) -> None:
@@ -264,10 +308,15 @@ def eager(attention: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (with_sinks, "has the settings sinks"),
+        (with_sinks, "has the settings sinks, softcap"),
         (with_a_gate, "does not consist of"),
+        (with_a_parameter, "does not consist of"),
+        (with_a_buffer, "does not consist of"),
         (hooked, "has hooks"),
         (eager, "implementation 'sdpa'"),
+        (not_known_to_be_causal, "is not causal"),
+        (without_a_config, "implementation 'sdpa'"),
+        (without_a_scale, "has no scaling"),
     ],
 )
 def test_attention_with_unknown_parts_stays(change, reason):
@@ -276,6 +325,37 @@ def test_attention_with_unknown_parts_stays(change, reason):
     report = fuse(model)
     assert reason in report.kept["model.layers.0.self_attn"]
     assert "model.layers.1.self_attn" in report.fused
+
+
+def with_a_bias(norm: nn.Module) -> None:
+    norm.bias = nn.Parameter(torch.zeros(64))
+
+
+def with_a_gain(norm: nn.Module) -> None:
+    norm.gain = 2.0
+
+
+def without_an_epsilon(norm: nn.Module) -> None:
+    norm.gain = norm.variance_epsilon
+    del norm.variance_epsilon
+
+
+@pytest.mark.parametrize("change", [with_a_bias, with_a_gain, without_an_epsilon])
+def test_norm_with_unknown_parts_stays(change):
+    model = make()
+    change(model.model.norm)
+    report = fuse(model)
+    assert report.kept == {"model.norm": "has other settings than a weight and an epsilon"}
+
+
+def test_torchs_silu_is_known():
+    model = make()
+    model.model.layers[0].mlp.act_fn = nn.SiLU()
+    assert fuse(model).kept == {}
+
+
+def test_norm_shows_its_width_and_epsilon():
+    assert str(make_wrapped().model.norm) == "FusedRMSNorm(64, eps=1e-06)"
 
 
 def test_changed_scale_is_taken_over():
@@ -291,3 +371,33 @@ def test_model_without_a_rotary_embedding_keeps_its_attention():
     report = fuse(layer)
     assert "without a rotary embedding" in report.kept["self_attn"]
     assert type(layer.mlp) is FusedMLP
+
+
+def test_compares_in_the_dtype_of_the_model_and_not_of_its_adapters():
+    layer = make().model.layers[0].to(torch.bfloat16)
+    wrap(layer, rank=4, fuse=False)
+    assert next(layer.parameters()).dtype == torch.float32
+    assert fuse(layer).fused["mlp"] == "FusedMLP"
+
+
+def test_report_of_what_has_some_parts_only_says_why():
+    mlp = make().model.layers[0].mlp
+    del mlp.act_fn
+    report = fuse(nn.Sequential(mlp))
+    assert report.kept == {"0": "does not consist of act_fn, down_proj, gate_proj, up_proj"}
+
+
+def test_model_without_parameters_has_nothing_to_fuse():
+    assert fuse(nn.Sequential(nn.ReLU())) == FusionReport()
+
+
+def test_report_counts_by_class_and_reason():
+    report = FusionReport(
+        fused={"a.norm": "FusedRMSNorm", "a.mlp": "FusedMLP", "b.norm": "FusedRMSNorm"},
+        kept={"a.attention": "has hooks", "b.attention": "has hooks", "b.mlp": "has no scaling"},
+    )
+    assert str(report).splitlines() == [
+        "fused: 2 FusedRMSNorm, 1 FusedMLP",
+        "not fused: 2 that has hooks",
+        "not fused: 1 that has no scaling",
+    ]

@@ -2,8 +2,9 @@
 
 Each mutant runs in a fork of this process, which has imported torch and the peers but nothing of the package. There an
 import hook gives the tests the mutant in place of its file, which stays as it is, and an editable install makes no
-difference. A mutant meets the tests that reach its statement, fastest first, until one fails. Mutants come in a seeded
-random order; each file gets a share of the time that goes with its number of mutants.
+difference. A mutant meets the tests that reach its statement (one that runs at import: those that reach the file),
+fastest first, until one fails. Mutants come in a seeded random order; each file gets a share of the time that goes with
+its number of mutants.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ JUDGED = Path(__file__).with_name("judged.json")
 TESTS = {
     "entrenar/optim": ["tests/optim"],
     "entrenar/lora": ["tests/lora"],
+    "entrenar/fusion": ["tests/fusion"],
     "entrenar/autograd/ops": ["tests/autograd"],
     "entrenar/autograd": [
         "tests/autograd/test_gradcheck.py",
@@ -65,6 +67,7 @@ PRELOAD = (
     "transformers.models.llama.modeling_llama",
 )
 KILLED, SURVIVED, TIMEOUT = "killed", "survived", "timeout"
+POLL = 0.005  # seconds
 BROKEN = 70  # the exit status of a fork in which this program failed, and not a test
 
 
@@ -130,13 +133,14 @@ def forked(task: Callable[[], Any], limit: float) -> Any:
             except BaseException:
                 traceback.print_exc()
                 os._exit(BROKEN)
-        deadline = time.monotonic() + limit
+        left = limit
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-            if time.monotonic() > deadline:
+            if left < 0:
                 os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 return TIMEOUT
-            time.sleep(0.005)
+            time.sleep(POLL)
+            left -= POLL  # not by the clock, which runs on while this program is stopped
         if os.waitstatus_to_exitcode(ended[1]) == BROKEN:
             raise SystemExit("this program failed in its fork; MUTATION_LOG=<file> says how")
         return pickle.loads(answer.read_bytes()) if answer.exists() else None
@@ -192,6 +196,7 @@ def examine(path: Path, share: float, seed: int, only: set[tuple[str, str]] | No
     tests = next(tests for folder, tests in TESTS.items() if path.is_relative_to(folder))
     files, seconds = baseline(*tests)
     reached = files.get(str(path.absolute()), {})
+    elsewhere = {name for line in reached.values() for name in line} - {""}
     if outcome(path, Mutant(source, "", "", range(0)), [min(seconds, key=seconds.__getitem__)], 60) != SURVIVED:
         raise SystemExit(f"{path} does not pass its tests through the import hook")
     counts, survivors = {KILLED: 0, SURVIVED: 0, TIMEOUT: 0}, []
@@ -200,7 +205,9 @@ def examine(path: Path, share: float, seed: int, only: set[tuple[str, str]] | No
         if time.monotonic() > deadline:
             break
         names = {name for line in mutant.lines for name in reached.get(line, [])}
-        names = sorted(seconds if "" in names else names, key=seconds.__getitem__)
+        if "" in names:  # the statement runs at import
+            names = elsewhere or {*seconds}
+        names = sorted(names, key=seconds.__getitem__)
         limit = 20 + 5 * sum(seconds[name] for name in names)
         result = outcome(path, mutant, names, limit) if names else SURVIVED
         counts[result] += 1

@@ -82,21 +82,25 @@ def test_50_steps_in_8_bits(name):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_state_dicts_go_both_ways(name, bits):
     params, same = (parameters(torch.float32, shapes=SHAPES) for _ in range(2))
+    others = {setting: (0.5, 0.5) if setting == "betas" else 0.5 for setting in SETTINGS[name]}
     ours = getattr(optim, name + bits)(params, **SETTINGS[name])
-    theirs = getattr(bnb, name + bits)(same, **SETTINGS[name])
+    theirs = getattr(bnb, name + bits)(same, **others)
     for step in range(2):
         set_gradients(params, step, missing=0)
         ours.step()
+    without = {"betas": (SETTINGS[name].get("momentum"), 0.0), "eps": 0.0}  # what its optimizers have in their place
     theirs.load_state_dict(copy.deepcopy(to_bitsandbytes(ours)))
+    settings = {setting: theirs.param_groups[0][setting] for setting in ("lr", "betas", "eps", "weight_decay")}
+    assert settings == {**without, **{k: v for k, v in SETTINGS[name].items() if k != "momentum"}}
     for param, other in zip(params, same, strict=True):
         for k, state in enumerate(ours.STATES, start=1):
             assert theirs.state[other][f"state{k}"].dtype == ours.state[param][state].dtype
             assert torch.equal(theirs.state[other][f"state{k}"], ours.state[param][state])
     set_gradients(same, 2, missing=0)
     theirs.step()
-    back = getattr(optim, name + bits)(params)
+    back = getattr(optim, name + bits)(params, **others)
     back.load_state_dict(theirs.state_dict())
-    assert back.param_groups[0]["weight_decay"] == 0.1
+    assert {setting: back.param_groups[0][setting] for setting in SETTINGS[name]} == SETTINGS[name]
     for param, other in zip(params, same, strict=True):
         assert back.state[param]["step"] == 3
         for k, state in enumerate(ours.STATES, start=1):

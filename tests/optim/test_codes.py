@@ -105,6 +105,26 @@ def test_blocks_and_back(signed):
     assert torch.equal(quantize_blockwise(torch.zeros(0), signed)[1], torch.zeros(0))
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_smallest_blocks(signed):
+    least = torch.finfo(torch.float32).tiny
+    x = torch.tensor([0.0, least / 2, least]).repeat_interleave(BLOCK)
+    codes, absmax = quantize_blockwise(x, signed)
+    assert absmax.tolist() == [0, 0, least]
+    assert codes.view(3, BLOCK).unique(dim=1).flatten().tolist() == [*[ZERO_CODE if signed else 0] * 2, 255]
+
+
+def test_the_maps_do_not_depend_on_the_default_device():
+    cached = dynamic_map, code_bounds, codebook
+    expected = [codebook(signed, torch.device("cpu")) for signed in (True, False)]
+    for function in cached:
+        function.cache_clear()
+    with torch.device("meta"):
+        found = [codebook(signed, torch.device("cpu")) for signed in (True, False)]
+    # As bytes: among the words are integers, which as floats are NaN.
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("kind", EIGHT_BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_step_is_the_references(kind, dtype, backend):
@@ -231,6 +251,37 @@ def test_loading_keeps_the_dtypes_of_codes_and_scales():
         assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.uint8
         assert state["exp_avg_absmax"].dtype == torch.float32
         assert all(torch.equal(value, optimizer.state[params[0]][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("cls", [optim.AdamW, optim.AdamW8bit])
+def test_states_lie_where_their_parameters_do(cls):
+    params = parameters(torch.float32, shapes=[(5000,), (3,)])
+    set_gradients(params, 0, missing=0)
+    with torch.device("meta"):
+        optimizer = cls(params)
+        optimizer.step()
+        other = cls(params)
+        other.load_state_dict(optimizer.state_dict())
+    for state in (*optimizer.state.values(), *other.state.values()):
+        assert {value.device for value in state.values()} == {params[0].device}
+
+
+def test_a_loaded_state_gets_the_dtype_that_it_has_here():
+    wide, narrow = (parameters(dtype, shapes=[(50,)]) for dtype in (torch.float64, torch.bfloat16))
+    before, after = optim.Adam(wide), optim.Adam(narrow)
+    run(before, wide, 2, missing=0)
+    after.load_state_dict(before.state_dict())
+    for name in optim.Adam.STATES:
+        assert torch.equal(after.state[narrow[0]][name], before.state[wide[0]][name].bfloat16())
+
+
+def test_a_momentum_that_has_not_begun_begins():
+    params = parameters(torch.float32, shapes=[(50,)])
+    optimizer = optim.SGD(params, momentum=0.9)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: {"momentum_buffer": None}}})
+    set_gradients(params, 0, missing=0)
+    optimizer.step()
+    assert torch.equal(optimizer.state[params[0]]["momentum_buffer"], params[0].grad)
 
 
 def test_a_state_that_does_not_fit_is_refused():

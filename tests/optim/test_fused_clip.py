@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from runs import KINDS, grouped, parameters, set_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from entrenar import optim
 
@@ -88,13 +89,52 @@ def test_a_32_bit_step_with_a_limit_is_left_out_too(dtype):
 
 def test_parameters_of_several_dtypes_share_one_norm():
     params = [torch.nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in (torch.float64, torch.float32)]
-    optimizer = optim.SGD(params, lr=1.0, max_norm=1.0)
-    params[0].grad = torch.tensor([3.0, 0.0, 0.0], dtype=torch.float64)
-    params[1].grad = torch.tensor([0.0, 4.0, 0.0])
+    optimizer = optim.SGD(params, lr=1.0, max_norm=1e-3)
+    params[0].grad = torch.tensor([3e-3, 0.0, 0.0], dtype=torch.float64)
+    params[1].grad = torch.tensor([0.0, 4e-3, 0.0])
     optimizer.step()
-    assert optimizer.grad_norm == 5.0
-    torch.testing.assert_close(params[0].data, torch.tensor([-0.6, 0, 0], dtype=torch.float64), rtol=1e-6, atol=0)
-    torch.testing.assert_close(params[1].data, torch.tensor([0, -0.8, 0]), rtol=1e-6, atol=0)
+    assert optimizer.grad_norm.item() == pytest.approx(5e-3, rel=1e-6)
+    factor = 1e-3 / (5e-3 + 1e-6)  # as torch's
+    expected = torch.tensor([-3e-3 * factor, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(params[0].data, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(params[1].data, torch.tensor([0, -4e-3 * factor, 0]), rtol=1e-6, atol=0)
+
+
+def test_opcheck_of_the_norm():
+    grads = [torch.randn(5), torch.randn(2, 3)]
+    assert set(torch.library.opcheck(ops.grad_norm.default, (grads, 1.0)).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("cls", [optim.AdamW, optim.AdamW8bit])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_step_is_one_call_and_one_more_where_the_norm_is_needed(cls, max_norm):
+    params = parameters(torch.float32)
+    optimizer = cls(params, max_norm=max_norm)
+    set_gradients(params, 0, missing=0)
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "entrenar":
+                called.append(func._opname)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        optimizer.step()
+    needed = max_norm is not None or cls is optim.AdamW8bit
+    assert set(called) == ({"grad_norm", "adam_"} if needed else {"adam_"})
+    assert called.count("grad_norm") == needed
+    assert (optimizer.grad_norm is not None) == needed
+
+
+@pytest.mark.filterwarnings("ignore:a step was left out")
+def test_every_step_that_is_left_out_counts():
+    params = parameters(torch.float32, shapes=[(3,)])
+    optimizer = optim.SGD(params, max_norm=1.0)
+    params[0].grad = torch.full((3,), torch.nan)
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.skipped_steps == 3
 
 
 def test_without_gradients_nothing_happens():

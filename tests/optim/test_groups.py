@@ -10,8 +10,8 @@ from entrenar.optim.groups import parameter_groups
 
 
 def wrapped() -> nn.Module:
-    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))
-    wrap(model, rank=2, targets=["0", "2"], bits=None)
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 64)), nn.LayerNorm(64), nn.Linear(64, 64))
+    wrap(model, rank=2, targets=["0.0", "2"], bits=None)
     model[1].requires_grad_(True)
     return model
 
@@ -51,7 +51,7 @@ def test_b_moves_as_much_faster_as_it_is_told():
         optimizer = AdamW(parameter_groups(model, 1e-3, lora_plus_ratio=ratio))
         model(torch.ones(2, 64)).square().sum().backward()
         optimizer.step()
-        moved[ratio] = model[0].lora_B.detach().abs().max()
+        moved[ratio] = model[2].lora_B.detach().abs().max()
     torch.testing.assert_close(moved[8], 8 * moved[1])
 
 

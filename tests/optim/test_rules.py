@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import bitsandbytes.optim
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from torch.testing._internal.common_optimizers import optim_db
 import entrenar
 from entrenar import optim
 from entrenar.autograd.ops._library import LEVELS
+from entrenar.optim.sgd import sgd_update_
 
 TORCH = {optim.SGD: torch.optim.SGD, optim.Adam: torch.optim.Adam, optim.AdamW: torch.optim.AdamW}
 ALIKE = [kind for kind, (ours, *_) in KINDS.items() if ours in TORCH]
@@ -87,6 +89,14 @@ def test_a_step_in_16_bits_rounds_once(kind, dtype, backend):
                 actual = optimizer.state[param][name]
                 assert actual.dtype == (torch.float32 if name == "step" else dtype)
                 assert torch.equal(actual, value.to(actual.dtype)), name
+
+
+def test_an_update_of_sgd_by_hand():
+    param, buffer = torch.tensor([1.0]), torch.tensor([1.0])
+    sgd_update_(param, torch.tensor([0.25]), buffer, 2, lr=0.1, momentum=0.5)
+    torch.testing.assert_close((param, buffer), (torch.tensor([0.925]), torch.tensor([0.75])))
+    sgd_update_(param, torch.tensor([0.25]), None, 3, lr=0.1)
+    torch.testing.assert_close(param, torch.tensor([0.9]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -288,6 +298,38 @@ def test_default_params_and_long_names():
     assert (lion.defaults["lr"], lion.defaults["betas"]) == (0.25, (0.5, 0.99))
 
 
+def defaults(cls) -> dict:
+    return cls([torch.nn.Parameter(torch.zeros(1))]).defaults
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [*((cls, theirs) for cls, theirs in TORCH.items()), (optim.Lion, bitsandbytes.optim.Lion)]
+)
+def test_defaults_are_those_of_others(ours, theirs):
+    shared = {"lr", "betas", "eps", "momentum", "dampening", "weight_decay", "nesterov", "maximize"} & defaults(
+        ours
+    ).keys()
+    expected = defaults(theirs)
+    assert {name: defaults(ours)[name] for name in shared} == {name: expected.get(name, False) for name in shared}
+    assert (defaults(ours)["stochastic_rounding"], defaults(ours)["seed"]) == (False, 0)
+
+
+# Without a momentum there is no state to keep in 8 bits.
+@pytest.mark.parametrize(("name", "other"), [("SGD", {"momentum": 0.9}), ("Adam", {}), ("AdamW", {}), ("Lion", {})])
+def test_defaults_in_8_bits_are_those_in_32(name, other):
+    expected = {**defaults(getattr(optim, name)), **other, "min_8bit_size": 4096}
+    assert defaults(getattr(optim, name + "8bit")) == expected
+
+
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+def test_settings_in_8_bits_are_those_in_32(kind):
+    settings = {**KINDS[kind][1], "maximize": True, "max_norm": 2.0, "stochastic_rounding": True, "seed": 7}
+    param = torch.nn.Parameter(torch.zeros(1))
+    wide, narrow = KINDS[kind][0]([param], **settings), EIGHT_BITS[kind]([param], **settings, min_8bit_size=5)
+    assert narrow.defaults == {**wide.defaults, "min_8bit_size": 5}
+    assert narrow.max_norm == wide.max_norm == 2.0
+
+
 @pytest.mark.parametrize(
     ("cls", "setting", "message"),
     [
@@ -299,6 +341,8 @@ def test_default_params_and_long_names():
             "nesterov needs a momentum, and no dampening",
         ),
         (optim.Lion, {"betas": (0.9, 1.0)}, "beta2 must be"),
+        (optim.Lion, {"betas": (0.9, 0.99, 0.999)}, "zip"),
+        (optim.Adam, {"betas": (0.9, 0.99, 0.999)}, "zip"),
         (optim.Lion, {"lr": -1}, "lr must be"),
         (optim.Adam, {"amsgrad": True}, "amsgrad=True is not supported"),
         (optim.AdamW, {"differentiable": True}, "differentiable=True is not supported"),

@@ -121,6 +121,21 @@ def test_attached_to_an_optimizer_it_is_torchs_scheduler(schedule):
         scheduler.step()
 
 
+def test_attached_it_may_begin_later():
+    schedule = CosineScheduler(0.1, 0.01, 10, 3)
+    optimizer = SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "initial_lr": 0.1}])
+    schedule.attach(optimizer, last_epoch=4)
+    assert optimizer.param_groups[0]["lr"] == schedule.get_lr(5)
+
+
+def test_settings_at_the_edge_of_their_range():
+    assert [StepScheduler(0.1, gamma=1.0, step_size=1).get_lr(step) for step in (0, 7)] == [0.1, 0.1]
+    assert [StepScheduler(0.1, gamma=0.0, step_size=1).get_lr(step) for step in (0, 1)] == [0.1, 0.0]
+    falling = WSDScheduler(0.1, 0.1, total_steps=3, decay_steps=2, warmup_steps=1)
+    assert [falling.get_lr(step) for step in range(4)] == pytest.approx([0.05, 0.1, 0.1, 0.1])
+    assert ConstantScheduler(0.0).get_lr(5) == 0.0
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

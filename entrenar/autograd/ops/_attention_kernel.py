@@ -114,8 +114,7 @@ def _more_heads(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
             if not x.is_floating_point():
                 raise NotImplementedError("the offsets of packed sequences must be the same throughout torch.func.vmap")
             x = x.movedim(dim, 1) if dim is not None else x.unsqueeze(1).expand(-1, info.batch_size, *x.shape[1:])
-            x = x.flatten(1, 2)
-            return _heads(x) if x.dim() == 4 else x.contiguous()
+            return x.flatten(1, 2).contiguous()
 
         results = op(*map(merge, args, in_dims))
         return tuple(y.unflatten(1, (info.batch_size, -1)) for y in results), (1,) * len(results)

@@ -121,7 +121,7 @@ def int4_dequantize_reference(
 ) -> Tensor:
     """`torch.ops.entrenar.int4_dequantize` in plain torch."""
     rows = codes.shape[0]
-    groups = codes.view(rows, codes.shape[1] // (GROUP // 2), 1, GROUP // 2)
+    groups = codes.view(rows, codes.shape[1] // (GROUP // 2), GROUP // 2)
     q = torch.cat([groups & 15, groups >> 4], dim=2).flatten(1)[:, :in_features].float() - 8
     s = scales.view(scale_dtype_of(scales, in_features, block)).float()
     return (q * s.repeat_interleave(block, dim=1)[:, :in_features]).to(dtype)

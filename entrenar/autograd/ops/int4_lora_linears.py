@@ -192,10 +192,9 @@ def _setup_op_context(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[
     _keep(ctx, x, [*codes, *scales, *lora_A, *lora_B], output[1])
 
 
-def _op_backward(ctx: Any, dys: list[Tensor | None] | None, dus: None) -> tuple[Any, ...]:
-    count = (len(ctx.saved_tensors) - 1) // 5
-    dx, dA, dB = _gradients(ctx, dys or [None] * count)
-    frozen = [None] * count
+def _op_backward(ctx: Any, dys: list[Tensor | None], dus: list[None]) -> tuple[Any, ...]:
+    dx, dA, dB = _gradients(ctx, dys)
+    frozen = [None] * len(dys)
     return dx, frozen, frozen, None, dA, dB, None, None, None
 
 

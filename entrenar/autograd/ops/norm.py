@@ -135,8 +135,8 @@ class LayerNormFunction(Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         input, normalized_shape, weight, bias, ctx.eps = inputs
         ctx.dims = tuple(range(-len(normalized_shape), 0))
-        ctx.over_last = over_last(input, normalized_shape, weight, bias)
-        ctx.bias = None if bias is None else layout(bias)
+        ctx.over_last = over_last(input, normalized_shape)
+        ctx.bias = layout(bias)
         ctx.save_for_backward(input, weight)
 
     @staticmethod
@@ -182,7 +182,7 @@ class RMSNormFunction(Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         input, normalized_shape, weight, ctx.eps = inputs
         ctx.dims = tuple(range(-len(normalized_shape), 0))
-        ctx.over_last = over_last(input, normalized_shape, weight)
+        ctx.over_last = over_last(input, normalized_shape)
         ctx.save_for_backward(input, weight)
 
     @staticmethod
