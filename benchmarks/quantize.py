@@ -12,7 +12,7 @@ import torch
 from benchmarks.harness import floor, interleaved, print_table, ratio, refuse_if_red, write
 from entrenar.autograd.ops import int4_dequantize, int4_quantize
 
-TESTS = ("tests/autograd/test_int4.py",)
+TESTS = ("tests/autograd/test_int4.py", "tests/autograd/test_int4_fit.py")
 SIZE = 4096
 
 
@@ -25,6 +25,10 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         directions = {
             "quantize": {
                 "ours": lambda w=weight: int4_quantize(w),
+                "bitsandbytes": lambda w=weight: bnb.quantize_4bit(w, blocksize=64, quant_type="nf4"),
+            },
+            "quantize, mse": {
+                "ours": lambda w=weight: int4_quantize(w, fit="mse"),
                 "bitsandbytes": lambda w=weight: bnb.quantize_4bit(w, blocksize=64, quant_type="nf4"),
             },
             "dequantize": {

@@ -17,11 +17,24 @@ namespace entrenar::int4 {  // CUDA has a global type int4
 constexpr int kGroup = 32;
 constexpr int kGroupBytes = 16;
 constexpr int kMaxCode = 7;
+constexpr int kMinCode = -8;  // which scales of least squared error use; those of the largest magnitude stop at -7
 constexpr int kZeroNibble = 8;
 constexpr uint8_t kZeroByte = kZeroNibble | kZeroNibble << 4;
 
+// Of least squared error is absmax / kMaxCode with codes from -kMaxCode on, or one of -v / kDivisors[i] with codes from
+// kMinCode on, where v is the first element of the largest magnitude: the earliest of the best ones in this order. A
+// scale of these is rounded as it is stored, and left out if that makes it zero. The errors are float32: the squares
+// (q s - x)^2, each operation rounded, are added up by kErrorLanes lanes, element i by lane i % kErrorLanes, and then
+// the upper half of the lanes to the lower one until one is left. So every device finds the same scale.
+constexpr int kDivisorCount = 8;
+INT4_HD float divisor(int index) {
+  constexpr float kDivisors[kDivisorCount] = {7.25f, 7.75f, 8.0f, 8.25f, 8.5f, 8.75f, 9.0f, 9.25f};
+  return kDivisors[index];
+}
+constexpr int kErrorLanes = 16;
+
 static_assert(kGroupBytes * 2 == kGroup, "two codes a byte");
-static_assert(kZeroNibble + kMaxCode <= 15 && kZeroNibble - kMaxCode >= 0, "a code fits a nibble");
+static_assert(kZeroNibble + kMaxCode <= 15 && kZeroNibble + kMinCode >= 0, "a code fits a nibble");
 
 INT4_HD int64_t groups(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
 INT4_HD int64_t row_bytes(int64_t columns) { return groups(columns) * kGroupBytes; }

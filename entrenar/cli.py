@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import torch
 
+from entrenar.autograd.ops.int4 import Fit
 from entrenar.checkpoint import load_pretrained, load_tokenizer
 from entrenar.checkpoint.pretrained import available_device
 from entrenar.fusion import fuse
@@ -73,6 +74,7 @@ def _finetune(
     activations: Annotated[
         str | None, typer.Option(help="int8: round the layers' inputs for a faster forward.")
     ] = None,
+    fit: Annotated[Fit, typer.Option(help="How the 4-bit weights' scales are found: mse errs less.")] = "absmax",
     max_length: Annotated[int, typer.Option(help="Tokens at which an example is cut.")] = 1024,
     epochs: Annotated[int, typer.Option(help="Times to go through the data.")] = DEFAULTS.epochs,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
@@ -118,7 +120,7 @@ def _finetune(
         place = _device(device)
         watcher.say(f"training on {place}{f' ({torch.cuda.get_device_name(place)})' if place.type == 'cuda' else ''}")
         torch.manual_seed(seed)
-        network = load_pretrained(model, bits=4, device=place)
+        network = load_pretrained(model, bits=4, device=place, fit=fit)
         report = wrap(network, rank=rank, alpha=alpha, dropout=dropout, activations=activations)
         watcher.say(str(report))
         result = finetune(network, tokenizer, train, held, config, out, resume=resume, watcher=watcher)
@@ -144,12 +146,13 @@ def _generate(
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[Path, typer.Option(help="Hugging Face directory or GGUF file.")],
     adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter: entrenar's or PEFT's.")] = None,
+    fit: Annotated[Fit, typer.Option(help="The --fit that the adapter was trained with.")] = "absmax",
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     device: Annotated[str | None, typer.Option(help="Where to compute: cuda (if there is one) or cpu.")] = None,
 ) -> None:
     """Answer a prompt, word by word, with a pretrained model in 4 bits and an adapter."""
     tokenizer = load_tokenizer(model)
-    network = load_pretrained(model, bits=4, device=_device(device))
+    network = load_pretrained(model, bits=4, device=_device(device), fit=fit)
     if adapter is not None:
         load_adapter(network, adapter)
     fuse(network)

@@ -70,7 +70,8 @@ def linear_arguments(sample: str, dtype: torch.dtype) -> tuple:
     shape, n, k = SIZES.get(sample, ((6,), 20, 50))
     block = 32 if sample in ("few rows", "batch") else 64
     scale_dtype = torch.float32 if sample in ("odd", "deep") else torch.float16
-    codes, scales = int4_quantize_reference(torch.randn(n, k), block, scale_dtype)
+    mse = sample in ("few rows", "deep", "many rows", "sliced")
+    codes, scales = int4_quantize_reference(torch.randn(n, k), block, scale_dtype, mse)
     bias = torch.randn(n) if sample in ("vector", "odd", "many rows") else None
     return make_x(sample, shape, k).to(dtype), codes, scales, bias, block
 
@@ -102,6 +103,10 @@ def quantize_arguments(sample: str, dtype: torch.dtype) -> tuple:
     _, n, k = SIZES.get(sample, ((6,), 20, 50))
     block = 32 if sample in ("few rows", "batch") else 64
     return make_x(sample, (n,), k).to(dtype), block, torch.float32 if sample in ("odd", "deep") else torch.float16
+
+
+def fit_arguments(sample: str, dtype: torch.dtype) -> tuple:
+    return *quantize_arguments(sample, dtype), True
 
 
 def dequantize_arguments(sample: str, dtype: torch.dtype) -> tuple:
@@ -177,6 +182,9 @@ CASES = {
     ),
     "int4_quantize": Case(
         ops.int4_quantize.default, int4_quantize_reference, quantize_arguments, (*SIZES, *STRIDED), exact=True
+    ),
+    "int4_quantize, mse": Case(
+        ops.int4_quantize.default, int4_quantize_reference, fit_arguments, (*SIZES, *STRIDED), exact=True
     ),
     "int4_dequantize": Case(
         ops.int4_dequantize.default, int4_dequantize_reference, dequantize_arguments, tuple(SIZES), exact=True

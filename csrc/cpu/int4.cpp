@@ -16,7 +16,8 @@ using torch::stable::parallel_for;
 
 int64_t grain_of(int64_t columns) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns)); }
 
-std::tuple<Tensor, Tensor> int4_quantize(const Tensor& weight, int64_t block, ScalarType scale_dtype) {
+std::tuple<Tensor, Tensor> int4_quantize(const Tensor& weight, int64_t block, ScalarType scale_dtype,
+                                         bool mse) {
   const Int4Sizes sizes = int4_sizes(weight, block, scale_dtype);
   const Dtype dtype = dtype_of(weight, "weight");
   const Tensor contiguous = torch::stable::contiguous(weight);
@@ -30,7 +31,8 @@ std::tuple<Tensor, Tensor> int4_quantize(const Tensor& weight, int64_t block, Sc
   const int64_t row_bytes = columns * (dtype == kFloat32 ? 4 : 2);
   parallel_for(0, rows, grain_of(columns), [&](int64_t begin, int64_t end) {
     kernels().quantize(from + begin * row_bytes, dtype, end - begin, columns, static_cast<int>(block),
-                       sizes.float32_scales, to_codes + begin * sizes.code_bytes, to_scales + begin * sizes.scale_bytes);
+                       sizes.float32_scales, mse, to_codes + begin * sizes.code_bytes,
+                       to_scales + begin * sizes.scale_bytes);
   });
   return {codes, scales};
 }

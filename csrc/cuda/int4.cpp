@@ -14,7 +14,8 @@ namespace entrenar {
 
 namespace {
 
-std::tuple<Tensor, Tensor> int4_quantize(const Tensor& weight, int64_t block, ScalarType scale_dtype) {
+std::tuple<Tensor, Tensor> int4_quantize(const Tensor& weight, int64_t block, ScalarType scale_dtype,
+                                         bool mse) {
   const Int4Sizes sizes = int4_sizes(weight, block, scale_dtype);
   const Dtype dtype = dtype_of(weight, "weight");
   const Tensor contiguous = torch::stable::contiguous(weight);
@@ -22,8 +23,8 @@ std::tuple<Tensor, Tensor> int4_quantize(const Tensor& weight, int64_t block, Sc
   Tensor scales = torch::stable::new_empty(weight, {weight.size(0), sizes.scale_bytes}, ScalarType::Byte);
   const OnDevice device(weight);
   device.check(int4_quantize_cuda(contiguous.const_data_ptr(), dtype, weight.size(0), weight.size(1),
-                                  static_cast<int>(block), sizes.float32_scales, codes.mutable_data_ptr<uint8_t>(),
-                                  scales.mutable_data_ptr(), device.stream()));
+                                  static_cast<int>(block), sizes.float32_scales, mse,
+                                  codes.mutable_data_ptr<uint8_t>(), scales.mutable_data_ptr(), device.stream()));
   return {codes, scales};
 }
 

@@ -68,6 +68,15 @@ __device__ int64_t row_step() { return (int64_t)gridDim.y * blockDim.y; }
 // 1.5 * 2^23: added to a small float, it rounds it half to even into the last bits of the sum.
 constexpr float kMagic = 12582912.0f;
 
+// A value in units of the scale s, rounded to a code from `least` on, plus kMagic.
+__device__ float code_of(float value, float s, int least) {
+  return fminf(fmaxf(value / s, least), int4::kMaxCode) + kMagic;
+}
+
+__device__ uint32_t nibble_of(float code) { return (int4::float_bits(code) + int4::kZeroNibble) & 15; }
+
+__device__ bool is_usable(float s) { return fabsf(s) > 0 && fabsf(s) <= 3.402823466e38f; }
+
 template <Dtype dtype, Dtype scale_dtype, int block, bool wide>
 __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const typename Float<dtype>::Bits* weight, int64_t rows, int64_t columns, uint8_t* codes,
@@ -102,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       const auto stored = S::narrow(int4::bits_float(absmax) / int4::kMaxCode);
       const float s = S::widen(stored);
-      const bool usable = s > 0 && s <= 3.402823466e38f;
+      const bool usable = is_usable(s);
       const float divisor = usable ? s : 1.0f;
 
       typename Unit::Codes packed;
@@ -111,8 +120,8 @@ __global__ void __launch_bounds__(kThreads)
         uint32_t nibbles[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const float q = fminf(fmaxf(F::widen(runs[u][half].at[i]) / divisor, -int4::kMaxCode), int4::kMaxCode);
-          nibbles[half] = usable ? (int4::float_bits(q + kMagic) + int4::kZeroNibble) & 15 : int4::kZeroNibble;
+          const float code = code_of(F::widen(runs[u][half].at[i]), divisor, -int4::kMaxCode);
+          nibbles[half] = usable ? nibble_of(code) : int4::kZeroNibble;
         }
         packed.at[i] = nibbles[0] | nibbles[1] << 4;
       }
@@ -122,6 +131,76 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
+}
+
+// The same with the scale of least squared error, as int4.h describes it. Each block has a thread for each lane of its
+// sums, whose elements are also those of its bytes of codes.
+template <Dtype dtype, Dtype scale_dtype, int block>
+__global__ void __launch_bounds__(kThreads)
+    fit_kernel(const typename Float<dtype>::Bits* weight, int64_t rows, int64_t columns, uint8_t* codes,
+               typename Float<scale_dtype>::Bits* scales) {
+  using S = Float<scale_dtype>;
+  constexpr int kLanes = int4::kErrorLanes, kOwn = block / kLanes;
+  static_assert(kLanes == int4::kGroupBytes, "a lane's elements share bytes");
+  const int64_t blocks = int4::blocks(columns, block);
+  const int64_t index = ((int64_t)blockIdx.x * kThreads + threadIdx.x) / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  const int64_t row = index / blocks, begin = index % blocks * block;
+  const bool inside = row < rows;  // threads of a warp exchange values, so that none may leave
+
+  float x[kOwn];
+  uint64_t largest = 0;  // its magnitude, how far it is from the block's end, and its sign: the first of equal ones
+#pragma unroll
+  for (int e = 0; e < kOwn; e++) {
+    const int i = e * kLanes + lane;
+    x[e] = inside && begin + i < columns ? Float<dtype>::widen(weight[row * columns + begin + i]) : 0;
+    const uint32_t bits = int4::float_bits(x[e]);
+    const uint64_t key = (uint64_t)(bits & 0x7fffffff) << 32 | (block - 1 - i) << 1 | bits >> 31;
+    largest = key > largest ? key : largest;
+  }
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    const uint64_t other = __shfl_xor_sync(kAllLanes, largest, offset);
+    largest = other > largest ? other : largest;
+  }
+  const float absmax = int4::bits_float((uint32_t)(largest >> 32)), v = largest & 1 ? -absmax : absmax;
+
+  const auto squared_error = [&](float s, int least) {
+    float sum = 0;
+#pragma unroll
+    for (int e = 0; e < kOwn; e++) {
+      const float error = __fsub_rn(__fmul_rn(code_of(x[e], s, least) - kMagic, s), x[e]);
+      sum = __fadd_rn(sum, __fmul_rn(error, error));
+    }
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, offset));
+    }
+    return sum;
+  };
+  auto stored = S::narrow(absmax / int4::kMaxCode);
+  const bool usable = is_usable(S::widen(stored));
+  int least = -int4::kMaxCode;
+  float error = squared_error(usable ? S::widen(stored) : 1.0f, least);
+#pragma unroll
+  for (int i = 0; i < int4::kDivisorCount; i++) {
+    const auto candidate = S::narrow(-v / int4::divisor(i));
+    const bool its_usable = usable && is_usable(S::widen(candidate));
+    const float its_error = squared_error(its_usable ? S::widen(candidate) : 1.0f, int4::kMinCode);
+    if (its_usable && its_error < error) error = its_error, stored = candidate, least = int4::kMinCode;
+  }
+
+  if (!inside) return;
+  const float s = usable ? S::widen(stored) : 1.0f;
+  uint8_t* bytes = codes + row * int4::row_bytes(columns) + begin / 2;
+#pragma unroll
+  for (int g = 0; g < block / int4::kGroup; g++) {
+    const uint32_t low = nibble_of(code_of(x[2 * g], s, least)), high = nibble_of(code_of(x[2 * g + 1], s, least));
+    if (begin + g * int4::kGroup < columns) {
+      bytes[g * int4::kGroupBytes + lane] = usable ? low | high << 4 : int4::kZeroByte;
+    }
+  }
+  if (lane == 0) scales[index] = stored;
 }
 
 // q s for the codes in the low nibbles of a word's bytes. 0x43u00000 is 128 + u.
@@ -203,6 +282,21 @@ int specialized(bool float32_scales, int block, bool wide, const F& f) {
                         : with_block(std::integral_constant<Dtype, kFloat16>());
 }
 
+template <Dtype dtype>
+int fit(const void* weight, int64_t rows, int64_t columns, int block, bool float32_scales, uint8_t* codes, void* scales,
+        void* stream) {
+  cudaLaunchConfig_t config = {};
+  config.blockDim = dim3(kThreads);
+  config.gridDim = dim3((unsigned)((rows * int4::blocks(columns, block) * int4::kErrorLanes + kThreads - 1) / kThreads));
+  config.stream = (cudaStream_t)stream;
+  return specialized(float32_scales, block, false, [&](auto scale_dtype, auto constant_block, auto) {
+    constexpr Dtype kScale = decltype(scale_dtype)::value;
+    constexpr auto kernel = fit_kernel<dtype, kScale, decltype(constant_block)::value>;
+    return (int)cudaLaunchKernelEx(&config, kernel, (const typename Float<dtype>::Bits*)weight, rows, columns, codes,
+                                   (typename Float<kScale>::Bits*)scales);
+  });
+}
+
 bool aligned(const void* memory, int64_t row_bytes) { return ((uintptr_t)memory | (uintptr_t)row_bytes) % 16 == 0; }
 
 template <Dtype dtype>
@@ -237,8 +331,12 @@ int dequantize(const Weight& w, void* out, int64_t stride, void* stream) {
 }  // namespace
 
 int int4_quantize_cuda(const void* weight, Dtype dtype, int64_t rows, int64_t columns, int block, bool float32_scales,
-                       uint8_t* codes, void* scales, void* stream) {
+                       bool mse, uint8_t* codes, void* scales, void* stream) {
   if (rows == 0 || columns == 0) return cudaSuccess;
+  if (mse) {
+    return (dtype == kFloat32 ? fit<kFloat32> : fit<kBFloat16>)(weight, rows, columns, block, float32_scales, codes,
+                                                                scales, stream);
+  }
   if (columns % block == 0) columns *= rows, rows = 1;  // no block ends early, so that the rows are as one
   return (dtype == kFloat32 ? quantize<kFloat32> : quantize<kBFloat16>)(weight, rows, columns, block, float32_scales,
                                                                         codes, scales, stream);

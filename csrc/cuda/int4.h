@@ -6,7 +6,7 @@
 namespace entrenar {
 
 int int4_quantize_cuda(const void* weight, Dtype dtype, int64_t rows, int64_t columns, int block, bool float32_scales,
-                       uint8_t* codes, void* scales, void* stream);
+                       bool mse, uint8_t* codes, void* scales, void* stream);
 
 // Codes begin at a multiple of 16 bytes. `stride` is the distance of rows in `out`, in elements; what lies between the
 // columns and a multiple of 16 bytes may be overwritten.

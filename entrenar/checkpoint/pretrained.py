@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from entrenar.autograd.ops.int4 import BLOCKS, SCALE_DTYPES
+from entrenar.autograd.ops.int4 import BLOCKS, SCALE_DTYPES, Fit, check_fit
 from entrenar.checkpoint.errors import CheckpointError
 from entrenar.checkpoint.extra import require
 from entrenar.checkpoint.fill import check_names_and_shapes, compute_buffers, fill
@@ -24,6 +24,7 @@ def load_pretrained(
     dtype: torch.dtype = torch.bfloat16,
     block: int = 64,
     scale_dtype: torch.dtype = torch.float16,
+    fit: Fit = "absmax",
 ) -> nn.Module:
     """Load a pretrained transformers model into 4 bits without ever holding it in 16.
 
@@ -39,6 +40,7 @@ def load_pretrained(
         dtype: of what stays dense: embeddings, head, norms, biases.
         block: elements of a row that share a scale, 64 or 32.
         scale_dtype: float16 or float32, in which the scales are stored.
+        fit: how scales are found, "absmax" or "mse", as in int4_quantize.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -52,6 +54,7 @@ def load_pretrained(
         raise ValueError(f"bits must be 4, or None for a dense model, not {bits!r}")
     if block not in BLOCKS or scale_dtype not in SCALE_DTYPES:
         raise ValueError(f"block must be 64 or 32 and scale_dtype float16 or float32, not {block} and {scale_dtype}")
+    check_fit(fit)
     if bits == 4 and dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"4-bit layers compute in float32 or bfloat16, not {dtype}")
     device = available_device("cpu" if device is None else device)
@@ -68,8 +71,9 @@ def load_pretrained(
         checkpoint.config.tie_word_embeddings = True
         model = _empty_model(checkpoint.config, dtype)
     check_names_and_shapes(model, stored, checkpoint.path)
+    int4 = {"block": block, "scale_dtype": scale_dtype, "fit": fit} if bits == 4 else None
     try:
-        fill(model, stored, int4={"block": block, "scale_dtype": scale_dtype} if bits == 4 else None, device=device)
+        fill(model, stored, int4=int4, device=device)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     compute_buffers(model, device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from entrenar.autograd.ops._autocast import autocast
-from entrenar.autograd.ops.int4 import check_packed, int4_dequantize, int4_quantize
+from entrenar.autograd.ops.int4 import Fit, check_packed, int4_dequantize, int4_quantize
 from entrenar.autograd.ops.int4_linear import int4_linear
 from entrenar.autograd.ops.int4_lora_linear import int4_lora_linear
 from entrenar.autograd.ops.int4_lora_linears import int4_lora_linears
@@ -55,10 +55,11 @@ class Int4Linear(nn.Module):
         *,
         block: int = 64,
         scale_dtype: torch.dtype = torch.float16,
+        fit: Fit = "absmax",
         name: str = "weight",
     ) -> Int4Linear:
         """Quantize a weight [out_features, in_features]; `name` is what an error message calls it."""
-        codes, scales = int4_quantize(weight, block=block, scale_dtype=scale_dtype, name=name)
+        codes, scales = int4_quantize(weight, block=block, scale_dtype=scale_dtype, fit=fit, name=name)
         return cls(codes, scales, bias, in_features=weight.shape[1], block=block)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ class LoRALayer(nn.Module):
 class QLoRALayer(LoRALayer):
     """LoRALayer over a base in int4: an nn.Linear or a weight is quantized first, an Int4Linear is used as it is.
 
-    Takes LoRALayer's arguments, and `block` and `scale_dtype` of `int4_quantize`.
+    Takes LoRALayer's arguments, and `block`, `scale_dtype` and `fit` of `int4_quantize`.
     """
 
     def __init__(
@@ -179,11 +180,12 @@ class QLoRALayer(LoRALayer):
         dropout: float = 0.0,
         block: int = 64,
         scale_dtype: torch.dtype = torch.float16,
+        fit: Fit = "absmax",
     ) -> None:
         if isinstance(base, Tensor):
-            base = Int4Linear.from_weight(_as_matrix(base, d_out, d_in), block=block, scale_dtype=scale_dtype)
+            base = Int4Linear.from_weight(_as_matrix(base, d_out, d_in), block=block, scale_dtype=scale_dtype, fit=fit)
         elif isinstance(base, nn.Linear):
-            base = Int4Linear.from_weight(base.weight, base.bias, block=block, scale_dtype=scale_dtype)
+            base = Int4Linear.from_weight(base.weight, base.bias, block=block, scale_dtype=scale_dtype, fit=fit)
         elif not isinstance(base, Int4Linear):
             raise ValueError(f"{type(base).__name__} cannot be quantized: give an nn.Linear, an Int4Linear or a weight")
         super().__init__(base, d_out, d_in, rank=rank, alpha=alpha, dropout=dropout)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from entrenar.autograd.ops.int4 import Fit, check_fit
 from entrenar.fusion.fuse import fuse as fuse_modules
 from entrenar.lora.layers import Int4Linear, LoRALayer, QLoRALayer
 from entrenar.lora.replace import replace_modules
@@ -28,6 +29,7 @@ def wrap(
     activations: str | None = None,
     block: int = 64,
     scale_dtype: torch.dtype = torch.float16,
+    fit: Fit = "absmax",
 ) -> WrapReport:
     """Replace the target layers of `model` by LoRA layers over frozen bases, and freeze everything else.
 
@@ -43,7 +45,7 @@ def wrap(
             compute the same; False leaves every module but the targets alone.
         activations: "int8" rounds the input of every int4 layer to int8 in the forward, as `int4_linear` describes:
             faster where the CPU multiplies bytes, and less exact. None leaves it.
-        block, scale_dtype: of the int4 format, as in int4_quantize.
+        block, scale_dtype, fit: of the int4 format, as in int4_quantize.
 
     Returns:
         What was wrapped, what was not and why, and what it costs; print it.
@@ -55,6 +57,7 @@ def wrap(
         raise ValueError(f"bits must be 4 or None, not {bits}")
     if activations not in ("int8", None):
         raise ValueError(f"activations must be 'int8' or None, not {activations!r}")
+    check_fit(fit)
     if wrapped := [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]:
         raise ValueError(f"the model has adapters already, the first of {len(wrapped)} at {wrapped[0]!r}")
     if isinstance(model, (nn.Linear, Int4Linear)):
@@ -66,7 +69,9 @@ def wrap(
     adapted: dict[str, nn.Module] = {}
     for name, layer in chosen.items():
         if bits == 4 and isinstance(layer, nn.Linear) and name not in shared:
-            layer = Int4Linear.from_weight(layer.weight, layer.bias, block=block, scale_dtype=scale_dtype, name=name)
+            layer = Int4Linear.from_weight(
+                layer.weight, layer.bias, block=block, scale_dtype=scale_dtype, fit=fit, name=name
+            )
         kind = QLoRALayer if isinstance(layer, Int4Linear) else LoRALayer
         adapted[name] = kind(layer, rank=rank, alpha=alpha, dropout=dropout).train(model.training)
     quantized = [name for name, layer in adapted.items() if isinstance(layer, QLoRALayer)]

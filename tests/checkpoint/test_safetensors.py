@@ -126,6 +126,18 @@ def test_int4_model_equals_the_dense_model_of_the_decoded_weights(name, block, t
     torch.testing.assert_close(output(ours, tokens), output(dense, tokens), rtol=1e-4, atol=1e-5)
 
 
+def test_the_fit_reaches_every_layer(saved):
+    model, path = saved()
+    ours = load_pretrained(path, fit="mse")
+    for name, linear in linears(model).items():
+        expected = Int4Linear.from_weight(linear.weight, fit="mse")
+        packed = ours.get_submodule(name)
+        assert torch.equal(packed.codes, expected.codes)
+        assert torch.equal(packed.scales, expected.scales)
+    by_absmax = load_pretrained(path, fit="absmax").state_dict()
+    assert any(not torch.equal(value, by_absmax[key]) for key, value in ours.state_dict().items() if "codes" in key)
+
+
 def test_a_model_without_linear_layers_is_not_called_quantized(tmp_path):
     MODELS["gpt2 without linear layers"]().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"GPT2LMHeadModel has no nn\.Linear .* bits=None"):
@@ -325,7 +337,8 @@ def test_a_config_that_is_no_json_is_refused(saved):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"bits": 8}, {"block": 48}, {"scale_dtype": torch.bfloat16}, {"dtype": torch.float16}]
+    "arguments",
+    [{"bits": 8}, {"block": 48}, {"scale_dtype": torch.bfloat16}, {"fit": "nf4"}, {"dtype": torch.float16}],
 )
 def test_arguments_are_checked_before_anything_is_read(tmp_path, arguments):
     with pytest.raises(ValueError, match=r"must be|compute in"):

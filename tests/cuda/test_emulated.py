@@ -17,6 +17,7 @@ BUILD = ROOT / "build" / "emulated"
 TESTS = [
     "tests/autograd/test_ops.py",
     "tests/autograd/test_int4.py",
+    "tests/autograd/test_int4_fit.py",
     "tests/optim/test_adamw.py",
     "tests/autograd/test_pointwise_kernels.py",
     "tests/autograd/test_cross_entropy_kernel.py",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from entrenar.autograd.ops import int4_dequantize
+from entrenar.autograd.ops import int4_dequantize, int4_quantize
 from entrenar.lora import Int4Linear, LoRALayer, QLoRALayer
 
 
@@ -55,8 +55,11 @@ def test_qlora_takes_a_flat_weight_and_the_formats_settings():
     assert torch.equal(layer.base.codes, Int4Linear.from_weight(weight).codes)
     linear = nn.Linear(80, 24)
     for base in (linear, linear.weight):
-        wide = QLoRALayer(base, rank=4, alpha=8, block=32, scale_dtype=torch.float32).base
+        wide = QLoRALayer(base, rank=4, alpha=8, block=32, scale_dtype=torch.float32, fit="mse").base
         assert (wide.block, wide.scales.shape) == (32, (24, 3 * 4))
+        codes, scales = int4_quantize(linear.weight, block=32, scale_dtype=torch.float32, fit="mse")
+        assert torch.equal(wide.codes, codes)
+        assert torch.equal(wide.scales, scales)
 
 
 @pytest.mark.parametrize("sizes", [(24, 81), (23, 80)])

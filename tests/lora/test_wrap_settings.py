@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from entrenar.lora import LoRALayer, QLoRALayer, wrap
+from entrenar.lora import Int4Linear, LoRALayer, QLoRALayer, wrap
 
 
 def test_defaults():
@@ -23,10 +23,13 @@ def test_defaults():
 
 def test_settings_reach_the_layers():
     model = nn.Sequential(nn.Linear(64, 32))
-    wrap(model, rank=2, alpha=6, dropout=0.25, block=32, scale_dtype=torch.float32)
+    expected = Int4Linear.from_weight(model[0].weight, block=32, scale_dtype=torch.float32, fit="mse")
+    wrap(model, rank=2, alpha=6, dropout=0.25, block=32, scale_dtype=torch.float32, fit="mse")
     layer = model[0]
     assert (layer.rank, layer.alpha, layer.dropout.p, layer.base.block) == (2, 6, 0.25, 32)
     assert layer.base.scales.shape == (32, 2 * 4)
+    assert torch.equal(layer.base.codes, expected.codes)
+    assert torch.equal(layer.base.scales, expected.scales)
 
 
 def test_all_linear_by_name():
@@ -55,6 +58,14 @@ def test_int8_activations_are_set_on_every_int4_layer_and_shown():
     x = torch.randn(40, 64)
     exact = model[0].base.dequantize()
     assert 0 < (model[0](x) - x @ exact.T - model[0].base.bias).norm() / (x @ exact.T).norm() < 0.01
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_an_unknown_fit_is_refused(bits):
+    model = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(ValueError, match="fit must be one of 'absmax', 'mse', not 'nf4'"):
+        wrap(model, bits=bits, fit="nf4")
+    assert type(model[0]) is nn.Linear
 
 
 def test_unknown_activations_are_refused():

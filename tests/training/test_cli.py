@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from run_tiny import records
 from tiny import make_model, make_tokenizer
 
-from entrenar import cli
+from entrenar import Int4Linear, cli, load_pretrained
 from entrenar.training.evaluate import SAMPLE_TOKENS
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +107,35 @@ def test_ctrl_c_says_how_to_go_on(checkpoint: Path, data: Path, tmp_path: Path) 
     assert re.search(r"to go on: entrenar finetune --model '.*tiny chat' .* --max-steps 100000 --resume", errors)
     assert "Traceback" not in errors
     assert (out / "checkpoint.safetensors").exists()
+
+
+def test_the_fit_reaches_the_model(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scales = {}
+    for command, words in {
+        "finetune": ("finetune", "--model", checkpoint, "--data", data, "--out", tmp_path / "run"),
+        "generate": ("generate", "--model", checkpoint, "Hello?"),
+    }.items():
+        for fit in ("default", "absmax", "mse"):
+            seen = []
+            monkeypatch.setattr(cli, command, lambda network, *_, seen=seen, **__: seen.append(network))
+            monkeypatch.setattr(cli, "describe_report", lambda *_: "")
+            assert run_here(monkeypatch, *words, *(() if fit == "default" else ("--fit", fit))) == 0
+            (network,) = seen
+            packed = [module for module in network.modules() if isinstance(module, Int4Linear)]
+            scales[command, fit] = torch.cat([layer.scales.flatten() for layer in packed])
+    expected = {fit: load_pretrained(checkpoint, fit=fit) for fit in ("absmax", "mse")}
+    for (_, fit), found in scales.items():
+        model = expected["absmax" if fit == "default" else fit]
+        packed = [module for module in model.modules() if isinstance(module, Int4Linear)]
+        assert torch.equal(found, torch.cat([layer.scales.flatten() for layer in packed]))
+    assert not torch.equal(scales["finetune", "absmax"], scales["finetune", "mse"])
+
+    assert run_here(monkeypatch, "generate", "--model", checkpoint, "Hello?", "--fit", "nf4") == 2
+    errors = capsys.readouterr().err
+    assert "'absmax'" in errors
+    assert "'mse'" in errors
 
 
 def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:

@@ -18,10 +18,11 @@ from run_tiny import CONFIG, STEPS, make_run_model, records
 from safetensors.torch import save_file
 from tiny import add_adapters, make_model, make_tokenizer
 
+from entrenar.lora.wrap import wrap
 from entrenar.optim.adamw import AdamW
 from entrenar.training.encode import encode
 from entrenar.training.loop import CHECKPOINT, finetune
-from entrenar.training.resume import ResumeError, RunState, load_checkpoint, save_checkpoint
+from entrenar.training.resume import ResumeError, RunState, fingerprint, load_checkpoint, save_checkpoint
 
 PROGRAM = Path(__file__).with_name("run_tiny.py")
 ROOT = PROGRAM.parents[2]
@@ -151,6 +152,17 @@ def test_another_run_is_refused_and_the_differences_named(tmp_path: Path) -> Non
         "adapter b (absent then, [4, 8.0] now)",
     ):
         assert difference in str(caught.value)
+
+
+def test_a_base_of_another_fit_is_another_run() -> None:
+    train, heldout = (encode(records(*size), make_tokenizer()).examples for size in ((3,), (2, 100)))
+    found = []
+    for fit in ("absmax", "mse", "mse"):
+        model = make_model()
+        wrap(model, fit=fit)
+        found.append(fingerprint(model, train, heldout, {}))
+    assert [name for name in found[0] if found[0][name] != found[1][name]] == ["base model"]
+    assert found[1] == found[2]
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -24,22 +24,73 @@ inline void load_group(const void* weight, Dtype dtype, int64_t row, int64_t col
   }
 }
 
-inline void encode_group(const float* group, float s, uint8_t* codes) {
-  // Adding 1.5 * 2^23 rounds half to even in the last bits of the sum.
-  const float magic = 12582912.0f;
+// Adding 1.5 * 2^23 rounds half to even in the last bits of the sum.
+constexpr float kMagic = 12582912.0f;
+
+// Values in units of the scale s, rounded to codes from `least` on, plus kMagic.
+inline vfloat codes_of(vfloat values, float s, int least) {
+  vfloat q = values / s;
+  q = q > (float)int4::kMaxCode ? broadcast(int4::kMaxCode) : q;
+  q = q < (float)least ? broadcast(least) : q;
+  return q + kMagic;
+}
+
+inline void encode_group(const float* group, float s, int least, uint8_t* codes) {
   for (int j = 0; j < int4::kGroupBytes; j += kLanes) {
     vuint nibbles[2];
     for (int half = 0; half < 2; half++) {
-      vfloat q = load<vfloat>(group + half * int4::kGroupBytes + j) / s;
-      q = q > (float)int4::kMaxCode ? broadcast(int4::kMaxCode) : q;
-      q = q < (float)-int4::kMaxCode ? broadcast(-int4::kMaxCode) : q;
-      nibbles[half] = (bits_of(q + magic) + int4::kZeroNibble) & 15;
+      const vfloat q = codes_of(load<vfloat>(group + half * int4::kGroupBytes + j), s, least);
+      nibbles[half] = (bits_of(q) + int4::kZeroNibble) & 15;
     }
     store(codes + j, to_bytes(nibbles[0] | nibbles[1] << 4));
   }
 }
 
-void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, int block, bool float32_scales,
+// A scale as its dtype holds it.
+inline float stored_scale(float s, bool float32_scales) {
+  return float32_scales ? s : half_to_float(float_to_half(s));
+}
+
+inline bool is_usable(float s) {
+  const float magnitude = __builtin_fabsf(s);
+  return magnitude > 0 && magnitude <= 3.402823466e38f;
+}
+
+// The sum of the squared errors of `count` values, a multiple of 32, in the order that int4.h lays down.
+inline float squared_error(const float* values, int64_t count, float s, int least) {
+  constexpr int kVectors = int4::kErrorLanes / kLanes;
+  vfloat sums[kVectors] = {};
+  for (int64_t i = 0; i < count; i += int4::kErrorLanes) {
+    for (int v = 0; v < kVectors; v++) {
+      const vfloat x = load<vfloat>(values + i + v * kLanes);
+      const vfloat error = rounded((codes_of(x, s, least) - kMagic) * s) - x;
+      sums[v] += rounded(error * error);
+    }
+  }
+  float lanes[int4::kErrorLanes];
+  for (int v = 0; v < kVectors; v++) store(lanes + v * kLanes, sums[v]);
+  for (int half = int4::kErrorLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// The least code, and the scale of least squared error, of `count` values; `s` comes as that of the largest magnitude.
+inline int fit_scale(const float* values, int64_t count, uint32_t absmax, bool float32_scales, float& s) {
+  const float* v = values;
+  while ((int4::float_bits(*v) & 0x7fffffff) != absmax) v++;
+  int least = -int4::kMaxCode;
+  float error = squared_error(values, count, s, least);
+  for (int i = 0; i < int4::kDivisorCount; i++) {
+    const float candidate = stored_scale(-*v / int4::divisor(i), float32_scales);
+    if (!is_usable(candidate)) continue;
+    const float its_error = squared_error(values, count, candidate, int4::kMinCode);
+    if (its_error < error) error = its_error, s = candidate, least = int4::kMinCode;
+  }
+  return least;
+}
+
+void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, int block, bool float32_scales, bool mse,
               uint8_t* codes, void* scales) {
   const int64_t groups = int4::groups(columns), per_block = block / int4::kGroup;
   int64_t scale_index = 0;
@@ -58,18 +109,18 @@ void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, in
       }
       uint32_t absmax = 0;
       for (int i = 0; i < kLanes; i++) absmax = largest[i] > absmax ? largest[i] : absmax;
-      float s = int4::bits_float(absmax) / int4::kMaxCode;
+      float s = stored_scale(int4::bits_float(absmax) / int4::kMaxCode, float32_scales);
+      const bool usable = is_usable(s);
+      int least = -int4::kMaxCode;
+      if (mse && usable) least = fit_scale(values, count * int4::kGroup, absmax, float32_scales, s);
       if (float32_scales) {
         ((float*)scales)[scale_index] = s;
       } else {
-        const uint16_t half = float_to_half(s);
-        ((uint16_t*)scales)[scale_index] = half;
-        s = half_to_float(half);
+        ((uint16_t*)scales)[scale_index] = float_to_half(s);
       }
-      const bool usable = s > 0 && s <= 3.402823466e38f;
       for (int64_t g = 0; g < count; g++, codes += int4::kGroupBytes) {
         if (usable) {
-          encode_group(values + g * int4::kGroup, s, codes);
+          encode_group(values + g * int4::kGroup, s, least, codes);
         } else {
           __builtin_memset(codes, int4::kZeroByte, int4::kGroupBytes);
         }

@@ -89,14 +89,6 @@ inline vfloat keep_some(vfloat value, int64_t count) {
   return value;
 }
 
-// The value itself, which the compiler may not fuse with what follows into an operation that rounds once.
-inline vfloat rounded(vfloat value) {
-#if defined(__x86_64__)
-  asm("" : "+v"(value));
-#endif
-  return value;
-}
-
 #define INLINE __attribute__((always_inline))
 
 // body(i, count) for the vectors of [0, size): element i is the first of `count` ones.

@@ -11,17 +11,6 @@ using namespace entrenar;
 
 constexpr int kInt8Unit = 4;  // elements in a 32-bit word
 
-// A product that is rounded before it is added to something: fused, it would round otherwise at some levels.
-inline vfloat rounded_product(vfloat a, float b) {
-  vfloat product = a * b;
-#if defined(__x86_64__)
-  asm("" : "+x"(product));
-#else
-  asm("" : "+m"(product));
-#endif
-  return product;
-}
-
 void to_int8(const void* x, Dtype dtype, int64_t rows, int64_t columns, int block, const Int8Rows* out) {
   for (int64_t m = 0; m < rows; m++) {
     int8_t* codes = out->codes + m * out->stride;
@@ -43,7 +32,7 @@ void to_int8(const void* x, Dtype dtype, int64_t rows, int64_t columns, int bloc
       vint total = {};
       for (int64_t i = 0; i < end - begin; i += kLanes) {
         // Adding 1.5 * 2^23 rounds half to even in the last bits of the sum.
-        const vfloat quotient = rounded_product(load<vfloat>(group + i), inverse);
+        const vfloat quotient = rounded(load<vfloat>(group + i) * inverse);
         const vint q = (vint)bits_of(quotient + 12582912.0f) - 0x4b400000;
         store(codes + begin + i, to_bytes((vuint)q & 0xff));
         total += q;

@@ -46,7 +46,7 @@ struct Kernels {
 
   // Codes and scales of `rows` rows of a matrix; a block that is not finite gets zero codes and a non-finite scale.
   void (*quantize)(const void* weight, Dtype dtype, int64_t rows, int64_t columns, int block, bool float32_scales,
-                   uint8_t* codes, void* scales);
+                   bool mse, uint8_t* codes, void* scales);
   void (*dequantize)(const Weight* weight, int64_t row_begin, int64_t row_end, Dtype dtype, void* out);
 
   // Rows of x as units, so many from one row to the next, with zeros past a row's end.

@@ -75,6 +75,16 @@ inline vuint keep(vuint value) {
   return value;
 }
 
+// The value itself, which the compiler may not fuse with what follows into an operation that rounds once.
+inline vfloat rounded(vfloat value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#else
+  asm("" : "+m"(value));
+#endif
+  return value;
+}
+
 inline vuint bits_of(vfloat value) { return (vuint)value; }
 
 inline vfloat broadcast(float value) { return value - (vfloat){}; }
