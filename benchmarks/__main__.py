@@ -13,6 +13,7 @@ for name in (
     "ops",
     "optimizers",
     "training_step",
+    "picture",
 ):
     print(f"\n== {name} ==", flush=True)
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

@@ -100,11 +100,16 @@ def _cpu() -> str:
     return platform.machine()
 
 
-def write(name: str, results: dict[str, Any]) -> None:
-    """Write benchmarks/results/<CPU level>/<name>.json: the circumstances, then the results."""
+def results_folder() -> Path:
+    """Where results of the CPU level in use lie."""
     from entrenar.autograd.ops import cpu_level
 
-    path = RESULTS / cpu_level() / f"{name}.json"
+    return RESULTS / cpu_level()
+
+
+def write(name: str, results: dict[str, Any]) -> None:
+    """Write <name>.json among the results of this CPU level: the circumstances, then the results."""
+    path = results_folder() / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     beside = path.with_suffix(".json.saving")
     beside.write_text(json.dumps({**circumstances(), **results}, indent=2) + "\n")
