@@ -287,7 +287,8 @@ int fit(const void* weight, int64_t rows, int64_t columns, int block, bool float
         void* stream) {
   cudaLaunchConfig_t config = {};
   config.blockDim = dim3(kThreads);
-  config.gridDim = dim3((unsigned)((rows * int4::blocks(columns, block) * int4::kErrorLanes + kThreads - 1) / kThreads));
+  const int64_t threads = rows * int4::blocks(columns, block) * int4::kErrorLanes;
+  config.gridDim = dim3((unsigned)((threads + kThreads - 1) / kThreads));
   config.stream = (cudaStream_t)stream;
   return specialized(float32_scales, block, false, [&](auto scale_dtype, auto constant_block, auto) {
     constexpr Dtype kScale = decltype(scale_dtype)::value;
