@@ -106,7 +106,7 @@ void multiply(const Term* terms, int count, bool transposed, float scale, const 
   if (p.rows == 0 || p.columns == 0) return;
 
   const Kernels& k = kernels();
-  const bool few = transposed && p.rows <= k.max_dot_rows(p.dtype);
+  const bool few = transposed && p.rows <= k.max_dot_rows;
   const bool bfloat16_units = p.dtype == kBFloat16 && k.bfloat16_units;
   for (int i = 0; i < count; i++) {
     const Tensor& x = terms[i].x;
@@ -121,7 +121,7 @@ void multiply(const Term* terms, int count, bool transposed, float scale, const 
     if (i == 0 && int8 && !few) {
       p.int8 = int8_of(x, p.rows, w, units[t]);
     } else {
-      p.x[t] = few ? packed_rows_of(x, p.rows, contraction, bfloat16_units && w.codes, units[t])
+      p.x[t] = few ? packed_rows_of(x, p.rows, contraction, k.dot_pairs && p.dtype == kBFloat16 && w.codes, units[t])
                    : units_of(x, p.rows, contraction, bfloat16_units, units[t]);
     }
   }

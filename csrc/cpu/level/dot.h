@@ -13,17 +13,17 @@ using namespace entrenar;
 
 constexpr int kMaxDotRows = kLanes == 16 ? 16 : 8;  // whose sums fit the registers
 constexpr int kDotVectors = kDotColumns / kLanes;
+
+// Whether bfloat16 is multiplied in pairs. Processors with matrix registers add up products of float32 twice as fast.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+constexpr bool kDotPairs = true;
+#else
+constexpr bool kDotPairs = false;
+#endif
+
 constexpr int kWord = 4;  // bytes of codes in a lane
 constexpr int kGroupWords = int4::kGroupBytes / kWord;
 constexpr int kPrefetchWords = 128;  // how far ahead of their use the codes of a row are asked for
-
-// From more bfloat16 rows on, the matrix registers are faster, though the weight is decoded for them.
-int64_t max_dot_rows([[maybe_unused]] Dtype dtype) {
-#if defined(__AMX_BF16__)
-  if (dtype == kBFloat16) return 8;
-#endif
-  return kMaxDotRows;
-}
 
 static_assert(kDotColumns == kSquare, "rows of the weight are transposed a square at a time");
 
@@ -221,10 +221,8 @@ void dot_rows(const Product& p, int64_t column_begin, int64_t column_end) {
       const Weight& w = p.w[t];
       if (w.codes == nullptr) {
         dot_dense<kRows>(w, n, count, p.x[t].data, total);
-#if defined(__AVX512BF16__)
       } else if (p.dtype == kBFloat16) {
-        dot_int4<true, kRows>(w, n, count, p.x[t].data, total);
-#endif
+        dot_int4<kDotPairs, kRows>(w, n, count, p.x[t].data, total);
       } else {
         dot_int4<false, kRows>(w, n, count, p.x[t].data, total);
       }

@@ -63,10 +63,11 @@ struct Kernels {
   int64_t rows_to_split;  // a weight is decoded anew for each part of the rows, which is little from this many on
   int64_t row_step;       // of a whole number of microkernels
 
-  // The same for at most `max_dot_rows(dtype)` rows and op = transpose, straight from the codes, whose values are not rounded.
+  // The same for at most `max_dot_rows` rows and op = transpose, straight from the codes, whose values are not rounded.
   // Here x is groups of 32 elements as pack_rows leaves them: as pairs for codes where the level multiplies those.
   void (*dot)(const Product* p, int64_t column_begin, int64_t column_end);
-  int64_t (*max_dot_rows)(Dtype dtype);
+  int64_t max_dot_rows;
+  bool dot_pairs;
   void (*pack_rows)(const void* x, Dtype dtype, int64_t rows, int64_t columns, bool pairs, int64_t group_begin,
                     int64_t group_end, uint32_t* out);
 
