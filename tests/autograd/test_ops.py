@@ -112,6 +112,8 @@ def test_opcheck(case, sample, dtype):
 
 @pytest.mark.parametrize(("case", "sample"), [p for p in DIFFERENTIABLE if p.values[1] in ("batch", "many rows")])
 def test_result_does_not_depend_on_threads(case, sample, backend):
+    if backend == "emulated":
+        pytest.skip("a GPU has none of the CPU's threads, and the emulator's large products are torch's")
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):
