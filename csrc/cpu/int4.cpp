@@ -16,8 +16,7 @@ using torch::stable::parallel_for;
 
 int64_t grain_of(int64_t columns) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns)); }
 
-std::tuple<Tensor, Tensor> int4_quantize(const Tensor& weight, int64_t block, ScalarType scale_dtype,
-                                         bool mse) {
+std::tuple<Tensor, Tensor> int4_quantize(const Tensor& weight, int64_t block, ScalarType scale_dtype, bool mse) {
   const Int4Sizes sizes = int4_sizes(weight, block, scale_dtype);
   const Dtype dtype = dtype_of(weight, "weight");
   const Tensor contiguous = torch::stable::contiguous(weight);

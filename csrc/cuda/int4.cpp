@@ -14,8 +14,7 @@ namespace entrenar {
 
 namespace {
 
-std::tuple<Tensor, Tensor> int4_quantize(const Tensor& weight, int64_t block, ScalarType scale_dtype,
-                                         bool mse) {
+std::tuple<Tensor, Tensor> int4_quantize(const Tensor& weight, int64_t block, ScalarType scale_dtype, bool mse) {
   const Int4Sizes sizes = int4_sizes(weight, block, scale_dtype);
   const Dtype dtype = dtype_of(weight, "weight");
   const Tensor contiguous = torch::stable::contiguous(weight);

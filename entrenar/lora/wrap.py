@@ -44,7 +44,7 @@ def wrap(
         fuse: replace norms, feed-forward and attention layers by faster ones where `entrenar.fuse` finds that they
             compute the same; False leaves every module but the targets alone.
         activations: "int8" rounds the input of every int4 layer to int8 in the forward, as `int4_linear` describes:
-            faster where the CPU multiplies bytes, and less exact. None leaves it.
+            faster with AVX-512 VNNI, slower with AMX, and less exact. None leaves it.
         block, scale_dtype, fit: of the int4 format, as in int4_quantize.
 
     Returns:
