@@ -106,26 +106,6 @@ inline void fill(const Product& p, const Cursor& at, int64_t column, int64_t col
   }
 }
 
-// The end of a product: 32 columns of some rows of y.
-inline void store_result(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                         const float (*result)[kWide]) {
-  for (int64_t r = 0; r < rows; r++) {
-    uint16_t* y = (uint16_t*)p.y + (row + r) * p.columns + column;
-    for (int64_t c = 0; c < columns; c += kUnits) {
-      const int64_t count = columns - c < kUnits ? columns - c : kUnits;
-      vfloat value = p.scale * ::load<vfloat>(result[r] + c);
-      if (p.bias) {
-        float bias[kUnits] = {};
-        __builtin_memcpy(bias, p.bias + column + c, count * sizeof(float));
-        value += ::load<vfloat>(bias);
-      }
-      uint16_t rounded[kUnits];
-      store_bfloat16(count == kUnits ? y + c : rounded, value);
-      if (count < kUnits) __builtin_memcpy(y + c, rounded, count * sizeof(uint16_t));
-    }
-  }
-}
-
 // Up to 32 columns of the tile, from `column` of y on, for all rows. Of sums, squares lie one after another.
 inline void multiply_columns(const Product& p, const Cursor& at, int64_t row_begin, int64_t row_end, int64_t column,
                              int64_t columns, Scratch* scratch, int vector, float* sums, bool first) {
@@ -142,7 +122,7 @@ inline void multiply_columns(const Product& p, const Cursor& at, int64_t row_beg
     }
     const Sums squares = {sums, kUnits, kSquare, 2 * kSquare};
     multiply<true>(rows, columns, kUnits, factors, at.count, first ? nullptr : &squares, at.done() ? result : squares);
-    if (at.done()) store_result(p, row, rows, column, columns, scratch->result);
+    for (int64_t r = 0; at.done() && r < rows; r++) store_columns(p, row + r, column, columns, scratch->result[r]);
   }
 }
 
