@@ -11,12 +11,9 @@ inline vfloat lookup(const float* table, vint index) {
 #if defined(__AVX512F__)
   if constexpr (size == 16) {
     return (vfloat)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
-  } else if constexpr (size == 32) {
-    return (vfloat)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index, _mm512_loadu_ps(table + 16));
   } else {
-    const __mmask16 upper = _mm512_test_epi32_mask((__m512i)index, _mm512_set1_epi32(size / 2));
-    const vfloat low = lookup<size / 2>(table, index), high = lookup<size / 2>(table + size / 2, index);
-    return (vfloat)_mm512_mask_blend_ps(upper, (__m512)low, (__m512)high);
+    static_assert(size == 32);
+    return (vfloat)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index, _mm512_loadu_ps(table + 16));
   }
 #else
   // Word by word, by indices that go through memory: AVX2's gather takes several times as long on many processors, and

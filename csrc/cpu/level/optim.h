@@ -64,62 +64,107 @@ void step_floats(const OptimCall& call, const OptimStep& step, float factor, con
   });
 }
 
-// The codes of a block's state, whose values are in `values` and whose largest magnitude is in `most`.
+struct CodesState {
+  uint8_t* codes;
+  float* absmax;
+};
+
+// The codes of a whole block, of whose magnitudes the largest is among `most`.
 template <bool with_sign>
-inline void store_codes(const Codebook& book, const float* values, vfloat most, int64_t count, uint8_t* codes,
-                        float* absmax) {
+inline void store_codes(const Codec<with_sign>& codec, const float* values, vfloat most, const CodesState& state) {
   float size = largest(most);
   if (size < kLeastAbsmax) size = 0;
-  *absmax = size;
+  *state.absmax = size;
   const float inverse = size ? 1 / size : 0;
-  for_vectors(count, [&](int64_t i, int64_t n) INLINE {
-    const vbyte encoded = encode<with_sign>(book, load<vfloat>(values + i) * inverse);
-    if (n == kLanes) {
-      store(codes + i, encoded);
-    } else {
-      __builtin_memcpy(codes + i, &encoded, n);
-    }
-  });
+  for (int i = 0; i < kCodeBlock; i += kCodeLanes) {
+    vfloat scaled[kCodeVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kCodeVectors; v++) scaled[v] = load<vfloat>(values + i + v * kLanes) * inverse;
+    codec.encode(scaled, state.codes + i);
+  }
 }
 
-inline vfloat load_codes(const Codebook& book, const uint8_t* codes, float absmax, int zero, int64_t count) {
-  if (count == kLanes) return decode(book, codes) * absmax;
-  uint8_t padded[kLanes];
-  __builtin_memset(padded, zero, kLanes);
-  __builtin_memcpy(padded, codes, count);
-  return decode(book, padded) * absmax;
-}
+template <Rule rule, Dtype dtype>
+class CodesStep {
+ public:
+  CodesStep(const OptimCall& call, const OptimStep& step, float factor)
+      : call_(call), step_(step), factor_(factor), a_codec_(*call.codebooks[0]),
+        b_codec_(*call.codebooks[rule == kAdam]) {}
+
+  // Of a block, whose first element is the parameter's `index`-th.
+  void take(Element<dtype>* params, const Element<dtype>* grads, const CodesState* states, int64_t index) const {
+    constexpr int64_t kAhead = 4 * kCodeBlock;
+    const float a_absmax = *states[0].absmax, b_absmax = rule == kAdam ? *states[1].absmax : 0;
+    alignas(64) float new_as[kCodeBlock], new_bs[kCodeBlock];
+    vfloat a_most = {}, b_most = {};
+    for (int i = 0; i < kCodeBlock; i += kCodeLanes) {
+      vfloat as[kCodeVectors], bs[kCodeVectors] = {};
+      a_codec_.decode(states[0].codes + i, as);
+      if (rule == kAdam) b_codec_.decode(states[1].codes + i, bs);
+#pragma GCC unroll 4
+      for (int v = 0; v < kCodeVectors; v++) {
+        const int j = i + v * kLanes;
+        __builtin_prefetch(params + j + kAhead, 1);
+        __builtin_prefetch(grads + j + kAhead);
+        const vfloat grad = load_vector<dtype>(grads + j);
+        vfloat param = load_vector<dtype>(params + j), a = as[v] * a_absmax, b = bs[v] * b_absmax;
+        optim_update<rule, VectorMath>(step_, 1, grad * factor_, param, a, b);
+        store_param<dtype>(call_, step_, params + j, param, grad, index + j, kLanes);
+        store(new_as + j, a);
+        a_most = larger(magnitude(a), a_most);  // NaN does not count
+        if (rule == kAdam) {
+          store(new_bs + j, b);
+          b_most = larger(b, b_most);
+        }
+      }
+    }
+    store_codes(a_codec_, new_as, a_most, states[0]);
+    if (rule == kAdam) store_codes(b_codec_, new_bs, b_most, states[1]);
+  }
+
+  // Of a shorter block, which is padded with what stays zero.
+  void take_some(int64_t size, Element<dtype>* params, const Element<dtype>* grads, const CodesState* states,
+                 int64_t index) const {
+    constexpr int kZeros[kMaxStates] = {kZeroCode, 0};
+    Element<dtype> padded_params[kCodeBlock] = {}, padded_grads[kCodeBlock] = {};
+    uint8_t codes[kMaxStates][kCodeBlock];
+    CodesState padded_states[kMaxStates];
+    __builtin_memcpy(padded_params, params, size * sizeof *params);
+    __builtin_memcpy(padded_grads, grads, size * sizeof *grads);
+    for (int s = 0; s < kStates; s++) {
+      __builtin_memset(codes[s], kZeros[s], kCodeBlock);
+      __builtin_memcpy(codes[s], states[s].codes, size);
+      padded_states[s] = {codes[s], states[s].absmax};
+    }
+    take(padded_params, padded_grads, padded_states, index);
+    __builtin_memcpy(params, padded_params, size * sizeof *params);
+    for (int s = 0; s < kStates; s++) __builtin_memcpy(states[s].codes, codes[s], size);
+  }
+
+  static constexpr int kStates = rule == kAdam ? 2 : 1;
+
+ private:
+  const OptimCall& call_;
+  const OptimStep step_;
+  const float factor_;
+  const Codec<true> a_codec_;
+  const Codec<false> b_codec_;
+};
 
 template <Rule rule, Dtype dtype>
 void step_codes(const OptimCall& call, const OptimStep& step, float factor, const OptimTensor& t, int64_t begin,
                 int64_t end) {
-  constexpr int64_t kAhead = 4 * kCodeBlock;
+  const CodesStep<rule, dtype> steps(call, step, factor);
   auto* params = (Element<dtype>*)t.param;
   const auto* grads = (const Element<dtype>*)t.grad;
-  for (int64_t block = begin; block < end; block += kCodeBlock) {
-    const int64_t size = end - block < kCodeBlock ? end - block : kCodeBlock, number = block / kCodeBlock;
-    uint8_t *a_codes = (uint8_t*)t.states[0] + block, *b_codes = (uint8_t*)t.states[1] + block;
-    alignas(64) float as[kCodeBlock], bs[kCodeBlock];
-    vfloat a_most = {}, b_most = {};
-    for_vectors(size, [&](int64_t offset, int64_t count) INLINE {
-      const int64_t i = block + offset;
-      __builtin_prefetch(params + i + kAhead, 1);
-      __builtin_prefetch(grads + i + kAhead);
-      const vfloat grad = load_some<dtype>(grads + i, count);
-      vfloat param = load_some<dtype>(params + i, count), b = {};
-      vfloat a = load_codes(*call.codebooks[0], a_codes + offset, t.absmaxes[0][number], kZeroCode, count);
-      if (rule == kAdam) b = load_codes(*call.codebooks[1], b_codes + offset, t.absmaxes[1][number], 0, count);
-      optim_update<rule, VectorMath>(step, 1, grad * factor, param, a, b);
-      store_param<dtype>(call, step, params + i, param, grad, i, count);
-      store(as + offset, a);
-      a_most = larger(magnitude(a), a_most);  // NaN does not count
-      if (rule == kAdam) {
-        store(bs + offset, b);
-        b_most = larger(b, b_most);
-      }
-    });
-    store_codes<true>(*call.codebooks[0], as, a_most, size, a_codes, t.absmaxes[0] + number);
-    if (rule == kAdam) store_codes<false>(*call.codebooks[1], bs, b_most, size, b_codes, t.absmaxes[1] + number);
+  for (int64_t i = begin; i < end; i += kCodeBlock) {
+    CodesState states[kMaxStates];
+    for (int s = 0; s < steps.kStates; s++) states[s] = {(uint8_t*)t.states[s] + i, t.absmaxes[s] + i / kCodeBlock};
+    if (i + kCodeBlock <= end) {
+      steps.take(params + i, grads + i, states, i);
+    } else {
+      steps.take_some(end - i, params + i, grads + i, states, i);
+    }
   }
 }
 
