@@ -13,7 +13,7 @@ from entrenar.autograd.ops.int4 import Fit
 from entrenar.checkpoint import load_pretrained, load_tokenizer
 from entrenar.checkpoint.pretrained import available_device
 from entrenar.fusion import fuse
-from entrenar.lora.adapter import load_adapter
+from entrenar.lora.adapter import adapter_fit, load_adapter
 from entrenar.lora.wrap import wrap
 from entrenar.malloc import keep_freed_memory
 from entrenar.training import (
@@ -146,13 +146,16 @@ def _generate(
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[Path, typer.Option(help="Hugging Face directory or GGUF file.")],
     adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter: entrenar's or PEFT's.")] = None,
-    fit: Annotated[Fit, typer.Option(help="The --fit that the adapter was trained with.")] = "absmax",
+    fit: Annotated[
+        Fit | None, typer.Option(help="How the 4-bit weights' scales are found; the adapter says it, or else absmax.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     device: Annotated[str | None, typer.Option(help="Where to compute: cuda (if there is one) or cpu.")] = None,
 ) -> None:
     """Answer a prompt, word by word, with a pretrained model in 4 bits and an adapter."""
     tokenizer = load_tokenizer(model)
-    network = load_pretrained(model, bits=4, device=_device(device), fit=fit)
+    found = fit or (adapter_fit(adapter) if adapter else None) or "absmax"
+    network = load_pretrained(model, bits=4, device=_device(device), fit=found)
     if adapter is not None:
         load_adapter(network, adapter)
     fuse(network)

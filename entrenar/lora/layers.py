@@ -31,9 +31,11 @@ class Int4Linear(nn.Module):
 
     Attributes:
         int8: round the layer's input to int8 in the forward, as `int4_linear` does; off unless it is set.
+        fit: how the scales were found, if the layer was quantized here; None for codes that were made elsewhere.
     """
 
     int8 = False
+    fit: Fit | None = None
 
     def __init__(
         self, codes: Tensor, scales: Tensor, bias: Tensor | None = None, *, in_features: int, block: int = 64
@@ -60,7 +62,9 @@ class Int4Linear(nn.Module):
     ) -> Int4Linear:
         """Quantize a weight [out_features, in_features]; `name` is what an error message calls it."""
         codes, scales = int4_quantize(weight, block=block, scale_dtype=scale_dtype, fit=fit, name=name)
-        return cls(codes, scales, bias, in_features=weight.shape[1], block=block)
+        layer = cls(codes, scales, bias, in_features=weight.shape[1], block=block)
+        layer.fit = fit
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in_features], float32 or bfloat16, to [..., out_features] of the same dtype."""
@@ -215,6 +219,12 @@ def apply_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
         block=block,
         int8=int8,
     )
+
+
+def common_fit(model: nn.Module) -> Fit | None:
+    """How the scales of all the model's int4 weights were found; None without such, or where they have no one way."""
+    fits = {layer.fit for layer in model.modules() if isinstance(layer, Int4Linear)}
+    return fits.pop() if len(fits) == 1 else None
 
 
 def has_hooks(layer: nn.Module) -> bool:

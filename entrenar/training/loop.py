@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from entrenar.lora.adapter import save_adapter
-from entrenar.lora.layers import LoRALayer
+from entrenar.lora.layers import LoRALayer, common_fit
 from entrenar.optim.base import KernelOptimizer
 from entrenar.optim.clip import why_not_finite
 from entrenar.optim.schedulers import CosineScheduler
@@ -254,6 +254,7 @@ def _report(
         "trainable_parameters": sum(p.numel() for p in trainable_parameters(model).values()),
         "train_examples": len(train),
         "heldout_examples": len(heldout),
+        "fit": common_fit(model),
         "seed": config.seed,
         "config": asdict(config),
         "versions": versions(),

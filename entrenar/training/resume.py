@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from entrenar.lora.adapter.files import write_file
-from entrenar.lora.layers import LoRALayer
+from entrenar.lora.layers import LoRALayer, common_fit
 from entrenar.training.batches import Example
 
 HEADER = "entrenar.run"
@@ -55,6 +55,7 @@ def fingerprint(
     return {
         **config,
         **adapters,
+        "fit": common_fit(model),
         "base model": _digest(frozen),
         "training data": _digest(_tensors(train)),
         "held-out data": _digest(_tensors(heldout)),
@@ -146,6 +147,8 @@ def _random_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_fingerprint(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    # Older checkpoints do not say the fit; the base model's digest tells.
+    saved = {"fit": current.get("fit"), **saved}
     differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
     if not differing:
         return

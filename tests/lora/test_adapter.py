@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from entrenar.lora.adapter import load_adapter, save_adapter
+from entrenar.lora.adapter import adapter_fit, load_adapter, save_adapter
 from entrenar.lora.adapter.peft_save import _target_modules
 from entrenar.lora.layers import Int4Linear, LoRALayer, QLoRALayer
+from entrenar.lora.wrap import wrap
 
 # PEFT asks transformers by a name that it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -166,6 +167,41 @@ def test_round_trip_is_exact(tmp_path, kind):
             setattr(bare.get_submodule(parent), child, Int4Linear.from_weight(bare.get_submodule(name).weight))
     load_adapter(bare, tmp_path / "adapter")
     assert torch.equal(logits(bare), logits(ours))
+
+
+def test_the_fit_of_the_base_is_recorded_and_held_to(tmp_path):
+    ours = tiny()
+    wrap(ours, rank=4, alpha=8, targets=["q_proj", "v_proj"], fit="mse")
+    save_adapter(ours, tmp_path)
+    assert adapter_fit(tmp_path) == "mse"
+    weights = tmp_path / "adapter_model.safetensors"
+    found = set()
+    for _ in range(8):
+        save_adapter(ours, tmp_path)
+        found.add(weights.read_bytes())
+    assert len(found) == 1
+    assert load_file(weights).keys() == {f"base_model.model.{name}.lora_{m}.weight" for name in QV for m in "AB"}
+    other = tiny()
+    wrap(other, rank=4, alpha=8, targets=["q_proj", "v_proj"])
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"trained on 4-bit weights of fit 'mse', and the model's are of fit 'absmax'"):
+        load_adapter(other, tmp_path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
+
+    # Dense weights, and codes of which nobody knows how they were made, take any adapter.
+    load_adapter(tiny(), tmp_path)
+    for module in other.modules():
+        if isinstance(module, Int4Linear):
+            module.fit = None
+    load_adapter(other, tmp_path)
+    save_adapter(other, tmp_path)
+    assert adapter_fit(tmp_path) is None
+    load_adapter(ours, tmp_path)
+
+    # Weights of both fits are of neither.
+    next(module for module in ours.modules() if isinstance(module, Int4Linear)).fit = "absmax"
+    save_adapter(ours, tmp_path)
+    assert adapter_fit(tmp_path) is None
 
 
 def test_a_shared_layer_stays_one(tmp_path):
@@ -375,8 +411,9 @@ def test_damaged_and_missing_files(tmp_path):
         load_adapter(tiny(), tmp_path / "nowhere")
     config.write_text(json.dumps({"peft_type": "LORA"}))
     (directory / "adapter_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
-        load_adapter(tiny(), directory)
+    for read in (lambda: load_adapter(tiny(), directory), lambda: adapter_fit(directory)):
+        with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
+            read()
 
 
 def test_nothing_to_save_and_nan(tmp_path):

@@ -15,6 +15,7 @@ from run_tiny import records
 from tiny import make_model, make_tokenizer
 
 from entrenar import Int4Linear, cli, load_pretrained
+from entrenar.lora.layers import common_fit
 from entrenar.training.evaluate import SAMPLE_TOKENS
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +137,22 @@ def test_the_fit_reaches_the_model(
     errors = capsys.readouterr().err
     assert "'absmax'" in errors
     assert "'mse'" in errors
+
+
+def test_generate_takes_the_fit_of_the_adapter(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    words = ("finetune", "--model", checkpoint, "--data", data, "--out", out, "--max-steps", 1, "--fit", "mse")
+    assert run_here(monkeypatch, *words) == 0
+    assert json.loads((out / "report.json").read_text())["fit"] == "mse"
+    seen = []
+    monkeypatch.setattr(cli, "generate", lambda network, *_, **__: seen.append(common_fit(network)))
+    ask = ("generate", "--model", checkpoint, "--adapter", out / "adapter", "Hello?")
+    assert run_here(monkeypatch, *ask) == run_here(monkeypatch, *ask, "--fit", "mse") == 0
+    assert seen == ["mse", "mse"]
+    errors = complaint(monkeypatch, capsys, *ask, "--fit", "absmax")
+    assert f"{out / 'adapter'} was trained on 4-bit weights of fit 'mse', and the model's are of fit 'absmax'" in errors
 
 
 def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:

@@ -142,10 +142,13 @@ def test_another_run_is_refused_and_the_differences_named(tmp_path: Path) -> Non
     path = tmp_path / CHECKPOINT
     model, optimizer = make_run()
     save_checkpoint(path, model, optimizer, RunState(), FINGERPRINT)
-    changed = {"lr": 0.02, "base model": "9876543210", "adapter b": [4, 8.0]}
+    load_checkpoint(path, model, optimizer, {**FINGERPRINT, "fit": "mse"})  # one that was saved before fits were
+    save_checkpoint(path, model, optimizer, RunState(), {**FINGERPRINT, "fit": "absmax"})
+    changed = {"fit": "mse", "lr": 0.02, "base model": "9876543210", "adapter b": [4, 8.0]}
     with pytest.raises(ResumeError) as caught:
         load_checkpoint(path, model, optimizer, changed)
     for difference in (
+        "fit (absmax then, mse now)",
         "lr (0.01 then, 0.02 now)",
         "base model (01234567 then, 98765432 now)",
         "adapter a ([4, 8.0] then, absent now)",
@@ -161,7 +164,8 @@ def test_a_base_of_another_fit_is_another_run() -> None:
         model = make_model()
         wrap(model, fit=fit)
         found.append(fingerprint(model, train, heldout, {}))
-    assert [name for name in found[0] if found[0][name] != found[1][name]] == ["base model"]
+    assert [name for name in found[0] if found[0][name] != found[1][name]] == ["fit", "base model"]
+    assert [each["fit"] for each in found] == ["absmax", "mse", "mse"]
     assert found[1] == found[2]
 
 

@@ -8,12 +8,13 @@ from typing import TypeAlias, overload
 
 from torch import Tensor, nn
 
+from entrenar.autograd.ops.int4 import Fit
 from entrenar.lora.adapter.layer_file import load_layer, save_layer
-from entrenar.lora.adapter.peft_load import load_peft
+from entrenar.lora.adapter.peft_load import load_peft, read_fit
 from entrenar.lora.adapter.peft_save import save_peft
 from entrenar.lora.layers import LoRALayer
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = ["adapter_fit", "load_adapter", "save_adapter"]
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
@@ -27,6 +28,8 @@ def save_adapter(model: nn.Module, path: StrPath) -> None:
             in it stay); for a single layer, a file that ends in .json.
 
     The files are written beside `path` and renamed, so an adapter that was there before survives a full disk or a kill.
+
+    The weights' file also says how the scales of the model's 4-bit weights were found (`fit`), where they have one way.
 
     Raises ValueError for a model without LoRALayers, for a matrix with NaN or infinity (nothing is written), and for a
     path that does not fit.
@@ -69,8 +72,8 @@ def load_adapter(model: nn.Module | Tensor | StrPath, path: nn.Module | Tensor |
     over it. A LoRALayer is filled and returned.
 
     Raises FileNotFoundError for a missing file; ValueError, before the model is touched, for a damaged file, an adapter
-    of another model, NaN or infinity, and for what this package does not compute (DoRA, trained biases,
-    modules_to_save and the like), named as adapter_config.json names it.
+    of another model, or of 4-bit weights with another `fit`, NaN or infinity, and for what this package does not
+    compute (DoRA, trained biases, modules_to_save and the like), named as adapter_config.json names it.
     """
     if isinstance(model, (nn.Module, Tensor)):
         model, path = path, model
@@ -83,6 +86,15 @@ def load_adapter(model: nn.Module | Tensor | StrPath, path: nn.Module | Tensor |
         raise ValueError(f"{source}: a directory holds the adapter of a model; that of a single layer is a .json file")
     load_peft(target, source)
     return target
+
+
+def adapter_fit(path: StrPath) -> Fit | None:
+    """The `fit` of the 4-bit weights that the adapter in the directory `path` was trained on.
+
+    None where it does not say: it was trained on other weights, by PEFT, or saved before this was recorded. Raises
+    FileNotFoundError or ValueError where it cannot be read.
+    """
+    return read_fit(Path(os.path.abspath(path)))
 
 
 def _is_layer_file(path: Path) -> bool:

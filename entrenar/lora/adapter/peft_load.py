@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from entrenar.autograd.ops.int4 import Fit
 from entrenar.lora.adapter.files import finish_writing
-from entrenar.lora.adapter.peft_save import CONFIG, FILES, WEIGHTS, lora_layers
-from entrenar.lora.layers import LoRALayer
+from entrenar.lora.adapter.peft_save import CONFIG, FILES, FIT, WEIGHTS, lora_layers
+from entrenar.lora.layers import LoRALayer, common_fit
 from entrenar.lora.replace import replace_modules
 from entrenar.lora.wrap import linear_layers
 
@@ -60,8 +60,10 @@ def load_peft(model: nn.Module, directory: Path) -> None:
     """Fill or wrap `model` with the adapter in `directory`; see `entrenar.lora.adapter.load_adapter`."""
     finish_writing(directory, FILES)
     config = _read_config(directory)
-    adapters = _read_adapters(directory, config)
+    tensors, metadata = _read_weights(directory)
+    adapters = _read_adapters(directory, tensors, config)
     layers = lora_layers(model)
+    _check_fit(model, metadata, directory)
     if layers:
         _check_fill(layers, adapters, directory)
     else:
@@ -72,6 +74,22 @@ def load_peft(model: nn.Module, directory: Path) -> None:
         for name, layer in layers.items():
             layer.lora_A.copy_(adapters[name].A)
             layer.lora_B.copy_(adapters[name].B)
+
+
+def read_fit(directory: Path) -> Fit | None:
+    """What the adapter in `directory` says of its base; see `entrenar.lora.adapter.adapter_fit`."""
+    finish_writing(directory, FILES)
+    fit: Any = _read_weights(directory)[1].get(FIT)  # what is no fit is refused where it is used
+    return fit
+
+
+def _check_fit(model: nn.Module, metadata: dict[str, str], directory: Path) -> None:
+    trained, found = metadata.get(FIT), common_fit(model)
+    if trained and found and trained != found:
+        raise ValueError(
+            f"{directory} was trained on 4-bit weights of fit {trained!r}, and the model's are of fit {found!r}: load "
+            f"it with fit={trained!r}"
+        )
 
 
 def _check_fill(layers: dict[str, LoRALayer], adapters: dict[str, LayerAdapter], directory: Path) -> None:
@@ -150,14 +168,20 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_adapters(directory: Path, config: dict[str, Any]) -> dict[str, LayerAdapter]:
+def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of an adapter, by name, and their metadata."""
     path = directory / WEIGHTS
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; an adapter in another format must be saved as safetensors first")
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or save it again") from error
+
+
+def _read_adapters(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, LayerAdapter]:
+    path = directory / WEIGHTS
     matrices: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = KEY_PATTERN.fullmatch(key)

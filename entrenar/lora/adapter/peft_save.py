@@ -13,11 +13,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from entrenar.lora.adapter.files import write_directory
-from entrenar.lora.layers import LoRALayer
+from entrenar.lora.layers import LoRALayer, common_fit
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = [WEIGHTS, CONFIG]
+FIT = "entrenar.fit"
+"""In the metadata of the weights, where PEFT passes over it: how the scales of the base's int4 weights were found."""
 KEY = "base_model.model.{layer}.lora_{matrix}.weight"
 
 
@@ -32,19 +34,26 @@ def save_peft(model: nn.Module, directory: Path) -> None:
             if not parameter.isfinite().all():
                 raise ValueError(f"{name}.lora_{matrix} has NaN or infinite values: nothing was written to {directory}")
             tensors[KEY.format(layer=name, matrix=matrix)] = parameter.detach().float().cpu().contiguous()
+    fit = common_fit(model)
+    metadata = {"format": "pt"} | ({FIT: fit} if fit else {})
     config = json.dumps(_config(model, layers), indent=2) + "\n"
     write_directory(
         directory,
         {
-            WEIGHTS: lambda path: _write_tensors(path, tensors),
+            WEIGHTS: lambda path: _write_tensors(path, tensors, metadata),
             CONFIG: lambda path: _write_text(path, config),
         },
     )
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     # save_file would let nobody but the owner read it.
-    data = save(tensors, metadata={"format": "pt"})
+    data = save(tensors, metadata=metadata)
+    # Nor are its bytes the same twice: it puts the metadata in any order.
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = {**json.loads(data[8:end]), "__metadata__": metadata}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
+    data = len(text).to_bytes(8, "little") + text + data[end:]
     try:
         path.write_bytes(data)
     except OSError as error:
