@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from abc import abstractmethod
 from collections import defaultdict
@@ -243,7 +244,9 @@ class KernelOptimizer(Optimizer):
                 for g, group in enumerate(self.param_groups)
                 for i, param in enumerate(group["params"])
             )
-            warnings.warn(f"a step was left out: {why_not_finite(named)}", RuntimeWarning, stacklevel=4)
+            warnings.warn(
+                f"a step was left out: {why_not_finite(named)}", RuntimeWarning, stacklevel=_stacklevel_of_caller()
+            )
         counts = self._skipped
         if factor.device not in counts:
             counts[factor.device] = torch.zeros_like(skip, dtype=torch.int64)
@@ -321,6 +324,14 @@ def global_norm(grads: list[Tensor], max_norm: float) -> Tensor:
     norm = torch.nn.utils.get_total_norm(grads).float()
     factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), torch.nan)
     return torch.stack([norm, factor])
+
+
+def _stacklevel_of_caller() -> int:
+    """The `stacklevel` at which a warning of the function that asks points past this package and torch's wrappers."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("entrenar", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _refuse(settings: dict[str, Any]) -> None:

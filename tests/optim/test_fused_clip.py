@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import linecache
 import pickle
 
 import pytest
@@ -125,6 +126,21 @@ def test_a_step_is_one_call_and_one_more_where_the_norm_is_needed(cls, max_norm)
     assert set(called) == ({"grad_norm", "adam_"} if needed else {"adam_"})
     assert called.count("grad_norm") == needed
     assert (optimizer.grad_norm is not None) == needed
+
+
+@pytest.mark.cpu("on a GPU the count alone tells")
+@pytest.mark.parametrize("way", ["plain", "scheduled", "closure"])
+def test_the_warning_points_at_the_line_that_stepped(way):
+    params = parameters(torch.float32, shapes=[(3,)])
+    optimizer = optim.SGD(params, max_norm=1.0)
+    if way == "scheduled":
+        torch.optim.lr_scheduler.ConstantLR(optimizer)
+    params[0].grad = torch.full((3,), torch.nan)
+    with pytest.warns(RuntimeWarning, match="a step was left out") as caught:
+        optimizer.step(*([lambda: 0.0] if way == "closure" else []))
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert "optimizer.step(" in linecache.getline(warning.filename, warning.lineno)
 
 
 @pytest.mark.filterwarnings("ignore:a step was left out")
