@@ -58,6 +58,12 @@ class KernelOptimizer(Optimizer):
     grad_norm: Tensor | None = None
     max_norm: float | None = None
 
+    # torch.amp.GradScaler does not read the device then, but sets `grad_scale`, what the gradients are multiplied by,
+    # and `found_inf`, which is not 0 where the step must be left out; scalar tensors, deleted after the step.
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None
+    found_inf: Tensor
+
     def __init__(
         self,
         params: Params,
@@ -85,7 +91,7 @@ class KernelOptimizer(Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were left out because a gradient, or the norm of all, was not finite."""
+        """How many steps were left out: a gradient, or the norm of all, was not finite, or `found_inf` was set."""
         return sum(int(count.item()) for count in self._skipped.values())
 
     @abstractmethod
@@ -226,19 +232,25 @@ class KernelOptimizer(Optimizer):
 
     def _factors(self) -> dict[torch.device, Tensor]:
         """By device, what the gradients are multiplied by; NaN where the step must be left out."""
-        limit = self.max_norm
-        if limit is None:
-            if self.BITS == 32:
-                return {}
-            limit = math.inf
+        measured = self.max_norm is not None or self.BITS == 8
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if not measured and scale is None and found_inf is None:
+            return {}
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not grads:
             return {}
-        norm_and_factor = global_norm(grads, limit)
-        self.grad_norm, factor = norm_and_factor[0], norm_and_factor[1]
+        factor = torch.ones((), device=grads[0].device)
+        if measured:
+            limit = math.inf if self.max_norm is None else self.max_norm
+            self.grad_norm, factor = global_norm(grads, limit, scale)
+        elif scale is not None:
+            factor = factor / scale.to(factor.device)
+        if found_inf is not None:
+            factor = torch.where(found_inf.to(factor.device) == 0, factor, torch.nan)
         factors = {device: factor.to(device) for device in dict.fromkeys(grad.device for grad in grads)}
         skip = factor.isnan()
-        if factor.is_cpu and skip:
+        if found_inf is None and factor.is_cpu and skip:
             named = (
                 (f"parameter {i} of group {g}", param)
                 for g, group in enumerate(self.param_groups)
@@ -312,18 +324,22 @@ class KernelOptimizer(Optimizer):
                     )
 
 
-def global_norm(grads: list[Tensor], max_norm: float) -> Tensor:
-    """The 2-norm of all gradients as one vector, and the factor that makes it `max_norm` at most; NaN if not finite."""
-    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for grad in grads:
-        by_device[grad.device].append(grad)
-    if len(by_device) == 1:
-        (only,) = by_device
-        if only.type in DEVICES and all(g.dtype in DTYPES and type(g) in PLAIN for g in grads):
-            return torch.ops.entrenar.grad_norm([grad.contiguous() for grad in grads], max_norm)
-    norm = torch.nn.utils.get_total_norm(grads).float()
+def global_norm(grads: list[Tensor], max_norm: float, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The 2-norm of all gradients as one vector, and the factor that makes it `max_norm` at most; NaN if not finite.
+
+    Where the gradients are multiplied by a `scale`, the norm is that of what they were, and the factor undoes it too.
+    """
+    plain = all(grad.device.type in DEVICES and grad.dtype in DTYPES and type(grad) in PLAIN for grad in grads)
+    if plain and len({grad.device for grad in grads}) == 1:
+        norm, factor = torch.ops.entrenar.grad_norm([grad.contiguous() for grad in grads], max_norm)
+        if scale is None:
+            return norm, factor
+    else:
+        norm = torch.nn.utils.get_total_norm(grads).float()
+    if scale is not None:
+        norm = norm / scale.to(norm.device)
     factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), torch.nan)
-    return torch.stack([norm, factor])
+    return norm, factor if scale is None else factor / scale.to(norm.device)
 
 
 def _stacklevel_of_caller() -> int:
