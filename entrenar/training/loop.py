@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -72,7 +71,8 @@ def finetune(
 
     Raises ResumeError if `out` holds a run and `resume` is false, or if it holds none, a finished or a different one
     and `resume` is true; TrainingError for a non-finite loss or gradient, and for adapters that get no gradient at
-    the first step; ValueError for a model without adapters or without data; OSError where files cannot be written.
+    the first step; ValueError for a model without adapters or without data; OSError where files cannot be written. A
+    step whose loss or gradient is not finite changes no adapter.
     """
     out, watcher = Path(out), watcher or Nobody()
     parameters = _check(model, train, heldout)
@@ -99,12 +99,7 @@ def finetune(
     model.train()
     if config.recompute:
         _recompute_activations(model)
-    with (
-        MetricsLog(out / "metrics.jsonl", last_step=state.step) as log,
-        stop_between_steps() as stopping,
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", "a step was left out", RuntimeWarning)  # a TrainingError says more
+    with MetricsLog(out / "metrics.jsonl", last_step=state.step) as log, stop_between_steps() as stopping:
         for step in range(state.step + 1, plan.total_steps + 1):
             lr = schedule.get_lr(step - 1)
             batches = [[train[index] for index in batch] for batch in plan.batches(step)]
@@ -188,6 +183,8 @@ def _train_step(
         loss.backward()
         total += loss.detach()
     optimizer.set_lr(lr)
+    # As gradients do that are not finite, such a loss leaves the step out; a GPU is not waited for.
+    optimizer.found_inf = total.isfinite().logical_not()
     optimizer.step()
     # Read together, for a GPU is waited for here. The step left the gradients as they are.
     norm = total.new_zeros(()) if optimizer.grad_norm is None else optimizer.grad_norm

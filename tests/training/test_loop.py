@@ -140,6 +140,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion"])
+def test_an_infinite_loss_with_finite_gradients_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    model = add_adapters(make_model())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    monkeypatch.setattr("entrenar.training.loop.causal_lm_loss", lambda *args: causal_lm_loss(*args) + math.inf)
+    with pytest.raises(TrainingError, match="step 1: the loss is inf, at a learning rate of"):
+        run(tmp_path, model, max_steps=3, optimizer=optimizer)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert any(gradient.any() for gradient in gradients)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion"])
 @pytest.mark.parametrize("bad", [math.nan, 3e38])
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, optimizer: str, bad: float) -> None:
     model = add_adapters(make_model())
