@@ -1,15 +1,15 @@
 // CUDA's run-time interface, as far as the kernels use it, on the CPU: a fiber for each thread of a block, switched at
 // shuffles and barriers. With ENTRENAR_EMULATOR_ORDER=reversed the threads run in the other order, which shows a missing
-// barrier. Shared memory is filled with NaN before each block.
+// barrier. Shared memory is filled with NaN before each block, and what a launch did not ask for must not be touched.
 #pragma once
 
 #include <math.h>
-#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <ucontext.h>
+
+#include <sanitizer/asan_interface.h>
 
 #include <algorithm>
 #include <functional>
@@ -70,9 +70,8 @@ struct Barrier {
 
 struct Thread {
   std::unique_ptr<char[]> stack{new char[kStack]};
-  ucontext_t start;
-  jmp_buf at;
-  bool started = false, done = false;
+  void* at = nullptr;  // the top of its stack while it pauses; null where it has not begun
+  bool done = false;
   dim3 index, block;
 };
 
@@ -81,7 +80,7 @@ struct Warp {
   alignas(16) char lanes[32][32];  // what each lane shows to the others
 };
 
-inline jmp_buf scheduler;
+inline void* scheduler;  // the top of its stack while a thread runs
 inline std::vector<std::unique_ptr<Thread>> threads;  // they outlive their block, and begin anew in the next
 inline unsigned count;                                // of the threads in a block
 inline unsigned blocks;                               // of the cluster that runs
@@ -93,10 +92,33 @@ inline bool asserted;  // whether an assertion of a thread has failed in this la
 inline std::function<void()> body;
 alignas(1024) inline char shared[kClusterBlocks][kSharedBytes];
 
-// Fibers begin by makecontext, and are switched by jumps: swapcontext would call the system each time.
-inline void pause() {
-  if (!_setjmp(threads[current]->at)) _longjmp(scheduler, 1);
-}
+// Leaves the registers that a call keeps on the stack, whose top goes to `from`, and goes on where `to` was left. longjmp
+// and swapcontext would do, but for the calls of the system that they, or AddressSanitizer around them, make each time.
+extern "C" void entrenar_emulator_switch(void** from, void* to);
+asm(R"(
+  .pushsection .text
+  .weak entrenar_emulator_switch
+  .hidden entrenar_emulator_switch
+entrenar_emulator_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+  .popsection
+)");
+
+inline void pause() { entrenar_emulator_switch(&threads[current]->at, scheduler); }
 
 inline void run_thread() {
   for (;;) {
@@ -110,14 +132,13 @@ inline void resume() {
   Thread& thread = *threads[current];
   threadIdx = thread.index;
   blockIdx = thread.block;
-  if (_setjmp(scheduler)) return;
-  if (thread.started) _longjmp(thread.at, 1);
-  thread.started = true;
-  getcontext(&thread.start);
-  thread.start.uc_stack.ss_sp = thread.stack.get();
-  thread.start.uc_stack.ss_size = kStack;
-  makecontext(&thread.start, run_thread, 0);
-  setcontext(&thread.start);
+  if (!thread.at) {
+    // As if run_thread had been called (there is no way back), and six registers were kept.
+    const auto top = reinterpret_cast<void (**)()>((uintptr_t)(thread.stack.get() + kStack) / 16 * 16);
+    top[-2] = run_thread;
+    thread.at = top - 8;
+  }
+  entrenar_emulator_switch(&scheduler, thread.at);
 }
 
 // The thread ends, as every thread of its block must; it begins anew in the next.
@@ -125,8 +146,9 @@ inline void fail(const char* assertion) {
   fprintf(stderr, "block %u, thread %u: assertion `%s` failed\n", blockIdx.x, threadIdx.x, assertion);
   Thread& self = *threads[current];
   asserted = self.done = progress = true;
-  self.started = false;
-  pause();
+  self.at = nullptr;
+  void* left;
+  entrenar_emulator_switch(&left, scheduler);
 }
 
 inline void wait(Barrier& barrier, unsigned count) {
@@ -158,6 +180,8 @@ inline void run_cluster(size_t shared_bytes) {
   if (blocks > 1 && count % 32) abort();  // a warp would reach into the next block
   const unsigned total = count * blocks;
   for (unsigned b = 0; b < blocks; b++) {
+    ASAN_UNPOISON_MEMORY_REGION(shared[b], shared_bytes);
+    ASAN_POISON_MEMORY_REGION(shared[b] + shared_bytes, kSharedBytes - shared_bytes);
     memset(shared[b], 0xff, shared_bytes);
     block_barriers[b] = {};
   }
