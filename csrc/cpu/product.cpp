@@ -32,6 +32,18 @@ Units units_of(const Tensor& x, int64_t rows, int64_t columns, bool pairs, Works
   return {units, stride};
 }
 
+// x as tiles, in the workspace.
+Units tiles_of(const Tensor& x, int64_t rows, int64_t columns, bool coded, Workspace& workspace) {
+  constexpr int64_t kStep = 16;
+  const int64_t stride = kernels().tiled_stride(columns), steps = (rows + kStep - 1) / kStep;
+  auto* tiles = static_cast<uint32_t*>(workspace.reserve(steps * kStep * stride * sizeof(uint32_t)));
+  const void* from = x.const_data_ptr();
+  parallel_for(0, steps, std::max<int64_t>(1, 1024 / std::max<int64_t>(1, columns)), [&](int64_t begin, int64_t end) {
+    kernels().to_tiles(from, rows, columns, coded, begin * kStep, std::min(rows, end * kStep), tiles);
+  });
+  return {tiles, stride};
+}
+
 // x rounded to int8, in the workspace.
 Int8Rows int8_of(const Tensor& x, int64_t rows, const Weight& w, Workspace& workspace) {
   const int64_t stride = int4::groups(w.columns) * int4::kGroup, blocks = int4::blocks(w.columns, w.block);
@@ -62,6 +74,8 @@ Units packed_rows_of(const Tensor& x, int64_t rows, int64_t columns, bool pairs,
   return {units, rows};
 }
 
+constexpr int64_t kNearBytes = 1 << 19;
+constexpr int64_t kExactRows = 16;    // that int8 leaves alone
 constexpr int64_t kRowsAtOnce = 512;  // whose sums fit the second-level cache beside a tile
 
 void multiply_in_tiles(const Product& p) {
@@ -101,13 +115,16 @@ void multiply(const Term* terms, int count, bool transposed, float scale, const 
   p.rows = rows_of(y);
   p.columns = y.size(-1);
   p.y = y.mutable_data_ptr();
+  p.far = y.numel() * (p.dtype == kFloat32 ? 4 : 2) > kNearBytes;
   check_bias(bias, p.columns);
   if (bias) p.bias = bias->const_data_ptr<float>();
   if (p.rows == 0 || p.columns == 0) return;
 
   const Kernels& k = kernels();
-  const bool few = transposed && p.rows <= k.max_dot_rows;
+  const bool few = transposed && p.rows <= k.max_dot_rows(p.dtype);
+  const bool rounds = int8 && transposed && p.rows > kExactRows;
   const bool bfloat16_units = p.dtype == kBFloat16 && k.bfloat16_units;
+  p.tiles = transposed && !few && !rounds && p.dtype == kBFloat16 && k.wants_tiles(p.rows, p.columns);
   for (int i = 0; i < count; i++) {
     const Tensor& x = terms[i].x;
     const Weight& w = terms[i].w;
@@ -118,8 +135,10 @@ void multiply(const Term* terms, int count, bool transposed, float scale, const 
     if (contraction == 0) continue;  // nothing to add
     const int t = p.terms++;
     p.w[t] = w;
-    if (i == 0 && int8 && !few) {
+    if (i == 0 && rounds) {
       p.int8 = int8_of(x, p.rows, w, units[t]);
+    } else if (p.tiles) {
+      p.x[t] = tiles_of(x, p.rows, contraction, w.codes != nullptr, units[t]);
     } else {
       p.x[t] = few ? packed_rows_of(x, p.rows, contraction, k.dot_pairs && p.dtype == kBFloat16 && w.codes, units[t])
                    : units_of(x, p.rows, contraction, bfloat16_units, units[t]);

@@ -22,6 +22,11 @@ from lora_linears import assert_near_float64
         (1030, 40, (300,), (33,)),
         (64, 1200, (700, 130, 8), (1, 5, 40)),
         (40, 4200, (1100,), (8,)),
+        # A few rows of x, and so many that not all of it stays in a cache.
+        (3, 97, (33,), (5,)),
+        (15, 577, (130,), (33,)),
+        (17, 1152, (65, 64), (16, 1)),
+        (300, 2100, (650,), (16,)),
     ],
     ids=str,
 )

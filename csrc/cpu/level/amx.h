@@ -25,10 +25,12 @@ struct alignas(64) Config {
   uint8_t rows[16] = {};
 };
 
-// For products of up to 32 rows of x, so many units at a time. The registers lose what they hold.
-inline void configure(int64_t rows, int64_t units) {
+// For products of up to 32 rows of x, so many units at a time, by two halves of `width` columns each. The registers lose
+// what they hold.
+inline void configure(int64_t rows, int64_t units, int64_t width = kUnits) {
   const uint8_t top = rows < kRows ? rows : kRows, bottom = rows > kRows ? rows - kRows : kRows;
   Config config;
+  for (int r = kTopLeft; r <= kRight; r++) config.row_bytes[r] = width * sizeof(uint32_t);
   config.rows[kTopLeft] = config.rows[kTopRight] = config.rows[kTop] = top;
   config.rows[kBottomLeft] = config.rows[kBottomRight] = config.rows[kBottom] = bottom;
   config.rows[kLeft] = config.rows[kRight] = units;
@@ -38,7 +40,7 @@ inline void configure(int64_t rows, int64_t units) {
 
 // While it lives, the registers are configured, between products as here.
 struct Registers {
-  Registers() { configure(kTall, kUnits); }
+  explicit Registers(int64_t width = kUnits) { configure(kTall, kUnits, width); }
   ~Registers() { asm volatile("tilerelease"); }
 };
 
@@ -53,7 +55,9 @@ inline void load(const void* from, int64_t row_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(r) : "memory");
 }
 
-// The same, and with `far` of what is not in the nearest cache, so that it does not drive out what is.
+// Which of the factors is not in the nearest cache, and should not drive out what is.
+enum class Far { kNone, kRows, kColumns };
+
 template <Register r, bool far>
 inline void load(const void* from, int64_t row_bytes) {
   if constexpr (far) {
@@ -89,8 +93,8 @@ struct Sums {
 };
 
 // after = before + Σ x panel, for `tall` 32 rows of x, else 16, and `wide` 32 columns of the panel, else 16. Without
-// `before` that is 0. The panel is near, and x is `far` or not.
-template <bool tall, bool wide, bool far>
+// `before` that is 0.
+template <bool tall, bool wide, Far far>
 inline void multiply(const Factors* factors, int count, const Sums* before, const Sums& after) {
   if (before) {
     const int64_t bytes = before->stride * sizeof(float);
@@ -101,18 +105,19 @@ inline void multiply(const Factors* factors, int count, const Sums* before, cons
   } else {
     clear<kTopLeft>(), clear<kTopRight>(), clear<kBottomLeft>(), clear<kBottomRight>();
   }
+  constexpr bool kFarRows = far == Far::kRows, kFarColumns = far == Far::kColumns;
   for (const Factors* f = factors; f < factors + count; f++) {
     const int64_t x_bytes = f->x_stride * sizeof(uint32_t), panel_bytes = f->panel_stride * sizeof(uint32_t);
     for (int64_t u = 0; u < f->units; u += kUnits) {
-      load<kTop, far>(f->x + u, x_bytes);
-      load<kLeft>(f->left + u * f->panel_stride, panel_bytes);
+      load<kTop, kFarRows>(f->x + u, x_bytes);
+      load<kLeft, kFarColumns>(f->left + u * f->panel_stride, panel_bytes);
       multiply_add<kTopLeft, kTop, kLeft>();
       if constexpr (tall) {
-        load<kBottom, far>(f->x + kRows * f->x_stride + u, x_bytes);
+        load<kBottom, kFarRows>(f->x + kRows * f->x_stride + u, x_bytes);
         multiply_add<kBottomLeft, kBottom, kLeft>();
       }
       if constexpr (wide) {
-        load<kRight>(f->right + u * f->panel_stride, panel_bytes);
+        load<kRight, kFarColumns>(f->right + u * f->panel_stride, panel_bytes);
         multiply_add<kTopRight, kTop, kRight>();
         if constexpr (tall) multiply_add<kBottomRight, kBottom, kRight>();
       }
@@ -127,7 +132,7 @@ inline void multiply(const Factors* factors, int count, const Sums* before, cons
 
 // The same for 1 to 32 rows and columns, and so many units at a time: for less than whole registers these are configured
 // and back.
-template <bool far>
+template <Far far>
 inline void multiply(int64_t rows, int64_t columns, int64_t units, const Factors* factors, int count,
                      const Sums* before, const Sums& after) {
   const bool whole = rows == kTall && units == kUnits;

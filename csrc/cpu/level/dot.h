@@ -244,6 +244,15 @@ void dot_of(const Product& p, int64_t column_begin, int64_t column_end) {
   }
 }
 
+// The matrix registers overtake these products early.
+int64_t max_dot_rows(Dtype dtype) {
+#if defined(__AMX_BF16__)
+  if (dtype == kBFloat16) return 2;
+#endif
+  (void)dtype;
+  return kMaxDotRows;
+}
+
 void dot(const Product* p, int64_t column_begin, int64_t column_end) { dot_of(*p, column_begin, column_end); }
 
 }  // namespace

@@ -32,12 +32,14 @@ struct Product {
   Dtype dtype;  // of x and y: weights are rounded to it, sums are float32
   bool transposed;
   int terms;
+  bool tiles;  // whether x is that instead
   Units x[kMaxTerms];
   Weight w[kMaxTerms];
   Int8Rows int8;  // stands for x[0] where it has codes, in a transposed product with an int4 w[0]
   float scale;
   const float* bias;
   void* y;
+  bool far;  // y is too large to be read again from a cache
   int64_t rows, columns;
 };
 
@@ -54,6 +56,14 @@ struct Kernels {
   void (*to_units)(const void* x, Dtype dtype, int64_t rows, int64_t columns, bool bfloat16_units, uint32_t* out,
                    int64_t stride);
 
+  // Whether y = x wᵀ of bfloat16 wants x as tiles, for each of which w is decoded without a transposition; and rows
+  // [row_begin, row_end) of x as such, for a w that is codes or not. row_begin is a multiple of 16, up to the next of
+  // which so many words a row are written.
+  bool (*wants_tiles)(int64_t rows, int64_t columns);
+  int64_t (*tiled_stride)(int64_t columns);
+  void (*to_tiles)(const void* x, int64_t rows, int64_t columns, bool coded, int64_t row_begin, int64_t row_end,
+                   uint32_t* out);
+
   void (*to_int8)(const void* x, Dtype dtype, int64_t rows, int64_t columns, int block, const Int8Rows* out);
 
   // The part of y in rows [row_begin, row_end) and columns [column_begin, column_end), column_begin a multiple of 64.
@@ -66,7 +76,7 @@ struct Kernels {
   // The same for at most `max_dot_rows` rows and op = transpose, straight from the codes, whose values are not rounded.
   // Here x is groups of 32 elements as pack_rows leaves them: as pairs for codes where the level multiplies those.
   void (*dot)(const Product* p, int64_t column_begin, int64_t column_end);
-  int64_t max_dot_rows;
+  int64_t (*max_dot_rows)(Dtype dtype);
   bool dot_pairs;
   void (*pack_rows)(const void* x, Dtype dtype, int64_t rows, int64_t columns, bool pairs, int64_t group_begin,
                     int64_t group_end, uint32_t* out);

@@ -74,7 +74,7 @@ void outer(const uint32_t* packed, int64_t rank, const uint16_t* b, int64_t rows
         const int64_t units = stride - pair < kOuterUnits ? stride - pair : kOuterUnits;
         panel.fill(b, rows, columns, pair, units, c, count);
         const Factors factors = {packed + i * stride + pair, stride, panel.words[0][0], panel.words[1][0], kUnits, units};
-        multiply<false>(height, count, kUnits, &factors, 1, pair ? &sums : nullptr, sums);
+        multiply<Far::kNone>(height, count, kUnits, &factors, 1, pair ? &sums : nullptr, sums);
       }
       for (int64_t r = 0; r < height; r++) {
         __builtin_memcpy(out + (i + r) * columns + c, result[r], count * sizeof(float));

@@ -189,12 +189,12 @@ inline void multiply_tile_amx(int vectors, int64_t rows, const Units& x, const u
       const amx::Sums at = {sums + r * kStride + v * amx::kUnits, kStride, amx::kUnits, amx::kRows * kStride};
       if (units != rest || first) {  // without units as well, for sums of 0
         const amx::Factors whole = {rows_of_x, x.stride, left, left + amx::kUnits, kStride, units - rest};
-        amx::multiply<false>(count, columns, amx::kUnits, &whole, 1, first ? nullptr : &at, at);
+        amx::multiply<amx::Far::kNone>(count, columns, amx::kUnits, &whole, 1, first ? nullptr : &at, at);
       }
       if (rest != 0) {
         left += (units - rest) * kStride;
         const amx::Factors last = {rows_of_x + units - rest, x.stride, left, left + amx::kUnits, kStride, rest};
-        amx::multiply<false>(count, columns, rest, &last, 1, &at, at);
+        amx::multiply<amx::Far::kNone>(count, columns, rest, &last, 1, &at, at);
       }
     }
   }

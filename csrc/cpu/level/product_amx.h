@@ -1,11 +1,14 @@
-// Products of bfloat16 with many rows of x, in the matrix registers. As in product.h a tile of the weight is decoded
-// into the cache, here into squares that a register takes whole, and multiplied by all rows of x. These products are so
-// fast that moving the sums would cost as much: a tile is as deep as the cache allows, an adapter's matrix joins the
-// tile before it, and the last tile's sums go from the registers to y.
+// Products of bfloat16 in the matrix registers. As in product.h a tile of the weight is decoded into the cache and
+// multiplied by all rows of x. These products are so fast that moving the sums would cost as much: a tile is as deep as the
+// cache allows, an adapter's matrix joins the tile before it, and the last tile's sums go from the registers to y.
+//
+// A register's rows are rows of x, and the tile is a panel of columns, for y = x wᵀ transposed. Where x is small it is
+// the panel: then they are rows of the weight, just as they are decoded, and the sums are yᵀ.
 #pragma once
 
 #include "amx.h"
 #include "product.h"
+#include "rows_amx.h"
 
 #if defined(__AMX_BF16__)
 
@@ -16,9 +19,11 @@ using namespace entrenar;
 namespace amx {
 
 constexpr int kVectors = kTileColumns / kUnits;
-constexpr int64_t kTileDepth = 576;       // elements of one weight in a tile
-constexpr int64_t kTileDepthUnits = 320;  // of all of them
-constexpr int64_t kStripTiles = 8;        // tiles side by side, for which x stays in the cache
+constexpr int64_t kPanelDepth = 576;      // elements of one weight in a tile, or a little more
+constexpr int64_t kRowsDepth = 384;       // the same where its rows are the registers' rows
+constexpr int64_t kTileDepthUnits = 336;  // of all weights
+constexpr int64_t kStrip = 512;           // columns of y, for which x stays in the cache
+constexpr int64_t kNearBytes = 1 << 20;   // of x, which then stays there in any case
 
 // A part of a term's contraction, in the tile from unit `unit` on.
 struct Piece {
@@ -41,9 +46,9 @@ struct Cursor {
     for (count = 0, units = 0; !done() && count < kMaxTerms;) {
       const Weight& w = p.w[term];
       const int64_t contraction = p.transposed ? w.columns : w.rows;
-      const int64_t step = tile_depth(contraction, kTileDepth);
+      const int64_t step = (tile_depth(contraction, p.tiles ? kRowsDepth : kPanelDepth) + kQuad - 1) / kQuad * kQuad;
       const int64_t depth = contraction - begin < step ? contraction - begin : step;
-      const int64_t more = (depth + kWide - 1) / kWide * kUnits;
+      const int64_t more = p.tiles ? row_units(depth) : (depth + kWide - 1) / kWide * kUnits;
       if (units + more > kTileDepthUnits) return;
       pieces[count++] = {term, begin, depth, units, more};
       units += more, begin += depth;
@@ -54,16 +59,16 @@ struct Cursor {
 
 struct Scratch {
   uint32_t panel[kVectors][kTileDepthUnits][kUnits];
-  uint32_t rows[kRows][kTileDepthUnits];   // of the weight, before they become columns of the panel
-  alignas(64) float result[kTall][kWide];  // of the last tile
-  float sums[];                            // squares, by strips, pairs of vectors and rows of x
+  uint32_t rows[kTall][kTileDepthUnits];    // of the weight, in their order or before they become columns of the panel
+  alignas(64) float result[kTall][kWide];   // of the last tile
+  float sums[];                             // squares, by strips, columns and rows of x
 };
 
 // The codes that a row's place will take in the next tile: of the row itself, or of one in the next strip.
 inline void prefetch_next(const Weight& w, const Piece& piece, int64_t row) {
   constexpr int64_t kLine = 64;
   int64_t column = piece.begin + piece.depth;
-  if (column >= w.columns) column = 0, row += kStripTiles * kTileColumns;
+  if (column >= w.columns) column = 0, row += kStrip;
   if (row >= w.rows) return;
   const uint8_t* codes = group_of(w, row, column);
   for (int64_t i = 0; i < piece.depth / 2; i += kLine) __builtin_prefetch(codes + i, 0, 2);
@@ -92,16 +97,15 @@ inline void fill_rows(const Weight& w, const Piece& piece, int64_t column, int64
   }
 }
 
-inline void fill(const Product& p, const Cursor& at, int64_t column, int64_t columns, Scratch* scratch) {
-  for (int i = 0; i < at.count; i++) {
-    const Piece& piece = at.pieces[i];
-    const Weight& w = p.w[piece.term];
+inline void fill_panel(const Product& p, const Cursor& at, int64_t column, int64_t columns, Scratch* scratch) {
+  for (const Piece* piece = at.pieces; piece < at.pieces + at.count; piece++) {
+    const Weight& w = p.w[piece->term];
     if (!p.transposed) {
-      fill_rows(w, piece, column, columns, scratch);
+      fill_rows(w, *piece, column, columns, scratch);
       continue;
     }
     for (int64_t c = 0; c < columns; c += kUnits) {
-      fill_columns(w, piece, column + c, columns - c < kUnits ? columns - c : kUnits, scratch, c / kUnits);
+      fill_columns(w, *piece, column + c, columns - c < kUnits ? columns - c : kUnits, scratch, c / kUnits);
     }
   }
 }
@@ -109,7 +113,6 @@ inline void fill(const Product& p, const Cursor& at, int64_t column, int64_t col
 // Up to 32 columns of the tile, from `column` of y on, for all rows. Of sums, squares lie one after another.
 inline void multiply_columns(const Product& p, const Cursor& at, int64_t row_begin, int64_t row_end, int64_t column,
                              int64_t columns, Scratch* scratch, int vector, float* sums, bool first) {
-  constexpr int64_t kSquare = kRows * kUnits;
   const Sums result = {scratch->result[0], kWide, kUnits, kRows * kWide};
   for (int64_t row = row_begin; row < row_end; row += kTall, sums += 4 * kSquare) {
     const int64_t rows = row_end - row < kTall ? row_end - row : kTall;
@@ -121,14 +124,14 @@ inline void multiply_columns(const Product& p, const Cursor& at, int64_t row_beg
                     scratch->panel[vector + 1][piece.unit], kUnits, piece.units};
     }
     const Sums squares = {sums, kUnits, kSquare, 2 * kSquare};
-    multiply<true>(rows, columns, kUnits, factors, at.count, first ? nullptr : &squares, at.done() ? result : squares);
+    multiply<Far::kRows>(rows, columns, kUnits, factors, at.count, first ? nullptr : &squares,
+                         at.done() ? result : squares);
     for (int64_t r = 0; at.done() && r < rows; r++) store_columns(p, row + r, column, columns, scratch->result[r]);
   }
 }
 
-void product(const Product& p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
-             Scratch* scratch) {
-  constexpr int64_t kStrip = kStripTiles * kTileColumns;
+void product_of_panels(const Product& p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
+                       Scratch* scratch) {
   const int64_t half_sums = (row_end - row_begin + kTall - 1) / kTall * kTall * kWide;
   const Registers registers;
   for (int64_t strip = column_begin; strip < column_end; strip += kStrip) {
@@ -139,7 +142,7 @@ void product(const Product& p, int64_t row_begin, int64_t row_end, int64_t colum
       float* sums = scratch->sums;
       for (int64_t column = strip; column < strip_end; column += kTileColumns) {
         const int64_t columns = strip_end - column < kTileColumns ? strip_end - column : kTileColumns;
-        fill(p, at, column, columns, scratch);
+        fill_panel(p, at, column, columns, scratch);
         for (int64_t c = 0; c < columns; c += kWide, sums += half_sums) {
           const int64_t count = columns - c < kWide ? columns - c : kWide;
           multiply_columns(p, at, row_begin, row_end, column + c, count, scratch, c / kUnits, sums, first);
@@ -149,8 +152,73 @@ void product(const Product& p, int64_t row_begin, int64_t row_end, int64_t colum
   }
 }
 
+// A part of x wᵀ, from the sums, which are its transpose.
+inline void store_transposed(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                             const float (*sums)[kWide]) {
+  alignas(64) float y[kWide][kTall];
+  for (int64_t i = 0; i < columns; i += kRows) {
+    for (int64_t j = 0; j < rows; j += kUnits) {
+      transpose_square((const uint32_t*)&sums[i][j], kWide, (uint32_t*)&y[j][i], kTall);
+    }
+  }
+  for (int64_t r = 0; r < rows; r++) store_columns(p, row + r, column, columns, y[r]);
+}
+
+// Up to 32 columns of y, from `column` on, for all rows.
+inline void multiply_rows(const Product& p, const Cursor& at, int64_t row_begin, int64_t row_end, int64_t column,
+                          int64_t columns, Scratch* scratch, float* sums, bool first) {
+  const Sums result = {scratch->result[0], kWide, kUnits, kRows * kWide};
+  const int64_t width = tile_width(p.rows);
+  for (int64_t row = row_begin; row < row_end; row += 2 * width, sums += 4 * kSquare) {
+    const int64_t rows = row_end - row < 2 * width ? row_end - row : 2 * width;
+    Factors factors[kMaxTerms];
+    for (int i = 0; i < at.count; i++) {
+      const Piece& piece = at.pieces[i];
+      const Units& x = p.x[piece.term];
+      const uint32_t* left = x.data + row * x.stride + piece.begin / 2 * width;
+      factors[i] = {scratch->rows[0] + piece.unit, kTileDepthUnits, left, left + width * x.stride, width, piece.units};
+    }
+    const Sums squares = {sums, kUnits, kSquare, 2 * kSquare};
+    const auto tall = rows > width ? multiply<true, true, Far::kColumns> : multiply<true, false, Far::kColumns>;
+    const auto low = rows > width ? multiply<false, true, Far::kColumns> : multiply<false, false, Far::kColumns>;
+    (columns > kRows ? tall : low)(factors, at.count, first ? nullptr : &squares, at.done() ? result : squares);
+    if (at.done()) store_transposed(p, row, rows, column, columns, scratch->result);
+  }
+}
+
+void product_of_tiles(const Product& p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
+                      Scratch* scratch) {
+  const Registers registers(tile_width(p.rows));
+  const int64_t sums_size = (row_end - row_begin + kTall - 1) / kTall * 4 * kSquare;
+  const bool near = (row_end - row_begin) * p.x[0].stride * (int64_t)sizeof(uint32_t) <= kNearBytes;
+  const int64_t width = near ? kTall : kStrip;
+  for (int64_t strip = column_begin; strip < column_end; strip += width) {
+    const int64_t strip_end = column_end - strip < width ? column_end : strip + width;
+    Cursor at = {p};
+    for (bool first = true; first || !at.done(); first = false) {
+      at.next();
+      float* sums = scratch->sums;
+      for (int64_t column = strip; column < strip_end; column += kTall, sums += sums_size) {
+        const int64_t columns = strip_end - column < kTall ? strip_end - column : kTall;
+        for (const Piece* piece = at.pieces; piece < at.pieces + at.count; piece++) {
+          const Weight& w = p.w[piece->term];
+          decode_rows(w, column, columns, piece->begin, piece->depth, width, scratch->rows[0] + piece->unit,
+                      kTileDepthUnits);
+        }
+        multiply_rows(p, at, row_begin, row_end, column, columns, scratch, sums, first);
+      }
+    }
+  }
+}
+
+void product(const Product& p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
+             Scratch* scratch) {
+  (p.tiles ? product_of_tiles : product_of_panels)(p, row_begin, row_end, column_begin, column_end, scratch);
+  _mm_sfence();  // what was streamed
+}
+
 int64_t scratch_bytes(int64_t rows) {
-  return sizeof(Scratch) + (rows + kTall - 1) / kTall * kTall * kStripTiles * kTileColumns * sizeof(float);
+  return sizeof(Scratch) + (rows + kTall - 1) / kTall * kTall * kStrip * sizeof(float);
 }
 
 }  // namespace amx

@@ -35,7 +35,21 @@ int64_t units_stride(int64_t columns, bool pairs) {
   return stride % 1024 == 0 ? stride + amx::kUnits : stride;
 }
 
+// Rearranging x takes about as long as transposing half as many rows of the weight.
+bool wants_tiles(int64_t rows, int64_t columns) { return 2 * rows <= columns; }
+
+int64_t tiled_stride(int64_t columns) { return amx::row_units(columns); }
+
+void to_tiles(const void* x, int64_t rows, int64_t columns, bool coded, int64_t row_begin, int64_t row_end,
+              uint32_t* out) {
+  amx::to_tiles((const uint16_t*)x, rows, columns, coded, row_begin, row_end, out);
+}
+
 #else
+
+bool wants_tiles(int64_t, int64_t) { return false; }
+constexpr int64_t (*tiled_stride)(int64_t) = nullptr;
+constexpr void (*to_tiles)(const void*, int64_t, int64_t, bool, int64_t, int64_t, uint32_t*) = nullptr;
 
 constexpr int64_t kRowsToSplit = 192, kRowStep = 12;
 

@@ -127,6 +127,21 @@ inline void store_bfloat16(uint16_t* to, vfloat value) {
   store(to, to_halfwords((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded));
 }
 
+#if defined(__AVX512BF16__)
+// Two vectors, one after the other. A whole line goes past the caches, for it need not be fetched to be overwritten;
+// _mm_sfence orders it before what follows.
+inline void stream_bfloat16(uint16_t* to, vfloat first, vfloat second) {
+  constexpr int kSubnormal = 0x20, kLine = 64;
+  const __mmask16 subnormal =
+      _mm512_fpclass_ps_mask((__m512)first, kSubnormal) | _mm512_fpclass_ps_mask((__m512)second, kSubnormal);
+  if (subnormal || (uintptr_t)to % kLine) {
+    store_bfloat16(to, first), store_bfloat16(to + kLanes, second);
+  } else {
+    _mm512_stream_si512((__m512i*)to, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+  }
+}
+#endif
+
 inline float sum(vfloat value) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)value);  // in pairs: one after the other takes longer than a short row
