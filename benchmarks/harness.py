@@ -49,6 +49,24 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dic
     return seconds
 
 
+def rotated(contenders: Mapping[str, Sequence[Callable[[], Any]]], rounds: int) -> dict[str, list[float]]:
+    """Seconds a call: in each of `rounds` rounds every contender makes its calls, one after the other.
+
+    With calls that read different memory, more of it than the caches hold, this is how the layers of a model take turns:
+    their code is at hand, and their weights are not.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for calls in contenders.values():
+        calls[0]()
+    for _ in range(rounds):
+        for name, calls in contenders.items():
+            start = time.perf_counter()
+            for call in calls:
+                call()
+            seconds[name].append((time.perf_counter() - start) / len(calls))
+    return seconds
+
+
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     """How many times as long theirs takes: the median over the rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))

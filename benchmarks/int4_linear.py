@@ -3,6 +3,9 @@
 Contenders without an adapter: `int4_linear`, and with its input in int8; the same weight decoded and then multiplied by
 torch; torch on the dense weight; bitsandbytes' Linear4bit (NF4); torch's `_weight_int4pack_mm_for_cpu`. With an adapter
 of rank 16: `int4_lora_linear`, and the same adapter in plain torch beside the decoded weight and beside Linear4bit.
+
+Few rows are what generating text takes: forwards go through copies of the weight that together exceed the caches, one
+call after the other.
 """
 
 from __future__ import annotations
@@ -10,51 +13,85 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import floor, interleaved, print_table, ratio, refuse_if_red, write
+from benchmarks.harness import floor, interleaved, print_table, ratio, refuse_if_red, rotated, write
 from benchmarks.peers import Int4Pack, linear4bit
 from entrenar.autograd.ops import int4_dequantize, int4_linear, int4_lora_linear, int4_quantize
 
 TESTS = "tests/autograd"
 RANK, SCALING = 16, 2.0
+FEW, COPIES = 64, 32
 Product = Callable[[Tensor], Tensor]
 
 
-def contenders(size: int, dtype: torch.dtype) -> dict[str, dict[str, Product]]:
-    """The products by group; the first of a group is ours, the others do the same job."""
+class Int4:
+    """`int4_linear` and what is made of it, with codes and scales of their own."""
+
+    def __init__(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor) -> None:
+        self.codes, self.scales, self.dtype, self.lora_A, self.lora_B = codes, scales, dtype, lora_A, lora_B
+
+    def linear(self, x: Tensor) -> Tensor:
+        return int4_linear(x, self.codes, self.scales)
+
+    def int8(self, x: Tensor) -> Tensor:
+        return int4_linear(x, self.codes, self.scales, int8=True)
+
+    def lora(self, x: Tensor) -> Tensor:
+        return int4_lora_linear(x, self.codes, self.scales, None, self.lora_A, self.lora_B, SCALING)
+
+    def decoded(self, x: Tensor) -> Tensor:
+        return torch.matmul(x, int4_dequantize(self.codes, self.scales, x.shape[-1], dtype=self.dtype).T)
+
+
+class Dense:
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def layers(size: int, dtype: torch.dtype) -> tuple[Int4, Dense, Linear4bit, Int4Pack]:
+    """One weight as each contender holds it."""
     weight = torch.randn(size, size)
     codes, scales = int4_quantize(weight)
-    decoded = int4_dequantize(codes, scales, size)
     scale_values = scales.view(torch.float16).float()
-    signed = (decoded / scale_values.repeat_interleave(64, dim=1)).round()
-    dense, nf4 = weight.to(dtype), linear4bit(weight, dtype)
+    signed = (int4_dequantize(codes, scales, size) / scale_values.repeat_interleave(64, dim=1)).round()
     lora_A, lora_B = torch.randn(RANK, size, requires_grad=True), torch.randn(size, RANK, requires_grad=True)
+    int4 = Int4(codes, scales, dtype, lora_A, lora_B)
+    return int4, Dense(weight.to(dtype)), linear4bit(weight, dtype), Int4Pack(signed, scale_values, dtype)
 
-    def adapter(x: Tensor) -> Tensor:
-        return SCALING * F.linear(F.linear(x, lora_A.to(dtype)), lora_B.to(dtype))
 
-    def decode() -> Tensor:
-        return int4_dequantize(codes, scales, size, dtype=dtype)
+def contenders(int4: Int4, dense: Dense, nf4: Linear4bit, int4pack: Int4Pack) -> dict[str, dict[str, Product]]:
+    """The products by group; the first of a group is ours, the others do the same job."""
+
+    def with_adapter(product: Product) -> Product:
+        def run(x: Tensor) -> Tensor:
+            return product(x) + SCALING * F.linear(F.linear(x, int4.lora_A.to(x.dtype)), int4.lora_B.to(x.dtype))
+
+        return run
 
     return {
         "linear": {
-            "int4_linear": lambda x: int4_linear(x, codes, scales),
-            "int4_linear, int8 activations": lambda x: int4_linear(x, codes, scales, int8=True),
-            "int4_dequantize, torch.matmul": lambda x: torch.matmul(x, decode().T),
-            "torch dense": lambda x: F.linear(x, dense),
+            "int4_linear": int4.linear,
+            "int4_linear, int8 activations": int4.int8,
+            "int4_dequantize, torch.matmul": int4.decoded,
+            "torch dense": dense,
             "bitsandbytes NF4": nf4,
-            "torch int4pack": Int4Pack(signed, scale_values, dtype),
+            "torch int4pack": int4pack,
         },
         "lora": {
-            "int4_lora_linear": lambda x: int4_lora_linear(x, codes, scales, None, lora_A, lora_B, SCALING),
-            "int4_dequantize, torch.matmul + adapter": lambda x: torch.matmul(x, decode().T) + adapter(x),
-            "torch dense + adapter": lambda x: F.linear(x, dense) + adapter(x),
-            "bitsandbytes NF4 + adapter": lambda x: nf4(x) + adapter(x),
+            "int4_lora_linear": int4.lora,
+            "int4_dequantize, torch.matmul + adapter": with_adapter(int4.decoded),
+            "torch dense + adapter": with_adapter(dense),
+            "bitsandbytes NF4 + adapter": with_adapter(nf4),
         },
     }
 
@@ -79,18 +116,21 @@ def forward_and_backward(product: Product, x: Tensor, dy: Tensor) -> Callable[[]
 def measure(size: int, batch_sizes: list[int], rounds: int) -> list[dict[str, Any]]:
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
-        groups = contenders(size, dtype)
-        for products in groups.values():
+        weights = layers(size, dtype)
+        copies = [contenders(*weights), *(contenders(*deepcopy(weights)) for _ in range(1, COPIES))]
+        for group, products in copies[0].items():
             for m in batch_sizes:
                 x, dy = torch.randn(m, size, dtype=dtype), torch.randn(m, size, dtype=dtype)
+                fewer = rounds if m < 256 else max(3, rounds // 4)
+                if m <= FEW:
+                    turns = {name: [forward(copy[group][name], x) for copy in copies] for name in products}
+                    alone = rotated(turns, max(3, rounds // 8))
+                else:
+                    alone = interleaved({name: forward(p, x.clone()) for name, p in products.items()}, fewer)
                 both = {name: p for name, p in products.items() if not isinstance(p, Int4Pack)}
-                runs = {
-                    "forward": {name: forward(p, x.clone()) for name, p in products.items()},
-                    "forward + backward": {name: forward_and_backward(p, x.clone(), dy) for name, p in both.items()},
-                }
-                for direction, calls in runs.items():
-                    seconds = interleaved(calls, rounds if m < 256 else max(3, rounds // 4))
-                    ours = seconds[next(iter(calls))]
+                steps = {name: forward_and_backward(p, x.clone(), dy) for name, p in both.items()}
+                for direction, seconds in {"forward": alone, "forward + backward": interleaved(steps, fewer)}.items():
+                    ours = seconds[next(iter(products))]
                     rows += [
                         {
                             "dtype": str(dtype).removeprefix("torch."),
