@@ -52,7 +52,7 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dic
 def rotated(contenders: Mapping[str, Sequence[Callable[[], Any]]], rounds: int) -> dict[str, list[float]]:
     """Seconds a call: in each of `rounds` rounds every contender makes its calls, one after the other.
 
-    With calls that read different memory, more of it than the caches hold, this is how the layers of a model take turns:
+    With calls that read different memory, more of it than the caches hold, the layers of a model take turns like this:
     their code is at hand, and their weights are not.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
