@@ -22,19 +22,30 @@ class Tensor(torch.Tensor):
         return cls._leaf(torch.tensor(data, dtype=torch.float32), requires_grad)
 
     @classmethod
-    def zeros(cls, shape: int | Sequence[int], requires_grad: bool = False) -> Tensor:
-        """Zeros in float32."""
-        return cls._leaf(torch.zeros(shape), requires_grad)
+    def zeros(cls, *shape: int | Sequence[int], requires_grad: bool = False) -> Tensor:
+        """Zeros in float32. The shape is one sequence or several numbers; a bool behind it is `requires_grad`."""
+        return cls._filled(torch.zeros, shape, requires_grad)
 
     @classmethod
-    def ones(cls, shape: int | Sequence[int], requires_grad: bool = False) -> Tensor:
-        """Ones in float32."""
-        return cls._leaf(torch.ones(shape), requires_grad)
+    def ones(cls, *shape: int | Sequence[int], requires_grad: bool = False) -> Tensor:
+        """Ones in float32, of a shape given as to `zeros`."""
+        return cls._filled(torch.ones, shape, requires_grad)
 
     @classmethod
-    def randn(cls, shape: int | Sequence[int], requires_grad: bool = False) -> Tensor:
-        """Samples of the normal distribution with mean 0 and variance 1, in float32, from torch's generator."""
-        return cls._leaf(torch.randn(shape), requires_grad)
+    def randn(cls, *shape: int | Sequence[int], requires_grad: bool = False) -> Tensor:
+        """Samples of the normal distribution with mean 0 and variance 1, in float32, from torch's generator.
+
+        The shape is given as to `zeros`.
+        """
+        return cls._filled(torch.randn, shape, requires_grad)
+
+    @classmethod
+    def _filled(
+        cls, fill: Callable[..., torch.Tensor], shape: tuple[int | Sequence[int], ...], requires_grad: bool
+    ) -> Tensor:
+        if shape and isinstance(last := shape[-1], bool):
+            shape, requires_grad = shape[:-1], last
+        return cls._leaf(fill(*shape), requires_grad)
 
     @classmethod
     def _leaf(cls, data: torch.Tensor, requires_grad: bool) -> Tensor:

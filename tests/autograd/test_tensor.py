@@ -24,6 +24,23 @@ def test_creation():
     assert drawn.tolist() == torch.randn(4).tolist()
 
 
+@pytest.mark.parametrize("make", [Tensor.zeros, Tensor.ones, Tensor.randn])
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (0, 2, 1)])
+def test_shape_is_one_sequence_or_several_numbers(make, shape):
+    for tensor in (make(shape), make(*shape), make(*shape, False)):
+        assert tensor.shape == shape
+        assert not tensor.requires_grad
+    for tensor in (make(shape, True), make(*shape, True), make(*shape, requires_grad=True)):
+        assert tensor.shape == shape
+        assert tensor.requires_grad
+
+
+def test_no_shape_at_all_is_refused():
+    assert Tensor.zeros(()).shape == ()
+    with pytest.raises(TypeError, match="size"):
+        Tensor.zeros()
+
+
 def test_square_plus_itself():
     x = Tensor.from_vec([2.0], True)
     y = x * x
