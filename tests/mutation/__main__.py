@@ -2,9 +2,9 @@
 
 Each mutant runs in a fork of this process, which has imported torch and the peers but nothing of the package. There an
 import hook gives the tests the mutant in place of its file, which stays as it is, and an editable install makes no
-difference. A mutant meets the tests that reach its statement (one that runs at import: those that reach the file),
-fastest first, until one fails. Mutants come in a seeded random order; each file gets a share of the time that goes with
-its number of mutants.
+difference. A mutant meets the tests that reach its statement (one that runs at import: those that reach the file), the
+fastest file of tests first, until one fails. Mutants come in a seeded random order; each file gets a share of the time
+that goes with its number of mutants.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
@@ -49,6 +51,7 @@ TESTS = {
     "entrenar/autograd": [
         "tests/autograd/test_gradcheck.py",
         "tests/autograd/test_gradcheck_settings.py",
+        "tests/autograd/test_recompute.py",
         "tests/autograd/test_route.py",
         "tests/autograd/test_tape.py",
         "tests/autograd/test_tape_export.py",
@@ -152,6 +155,10 @@ def run_pytest(arguments: list[str], plugin: object) -> int:
     return int(pytest.main([*options, *arguments], plugins=[plugin]))
 
 
+def file_of(test: str) -> str:
+    return test.partition("::")[0]
+
+
 @functools.cache
 def baseline(*tests: str) -> tuple[dict[str, dict[int, list[str]]], dict[str, float]]:
     """For each file the tests that reach each line ("" is the import), and every test's seconds, without a mutant."""
@@ -170,7 +177,7 @@ def baseline(*tests: str) -> tuple[dict[str, dict[int, list[str]]], dict[str, fl
 
 
 def outcome(path: Path, mutant: Mutant, names: list[str], limit: float) -> str:
-    """Runs the tests named on the mutant."""
+    """Runs the tests named on the mutant; those of a file stand together."""
     module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
     def task() -> Any:
@@ -179,10 +186,16 @@ def outcome(path: Path, mutant: Mutant, names: list[str], limit: float) -> str:
         copy = Path(tempfile.gettempdir()) / path.name
         copy.write_text(mutant.source, encoding="utf-8")
         sys.meta_path.insert(0, Finder(module, path, copy))  # type: ignore[arg-type]
-        code = run_pytest(list(dict.fromkeys(name.partition("::")[0] for name in names)), Selection(names))
-        if code == 0 and sys.modules[module].__file__ != str(copy):
+        for tests, selected in itertools.groupby(names, key=file_of):
+            # None is collected where the mutant gives the tests other names.
+            if run_pytest([tests], Selection([*selected])) not in (
+                pytest.ExitCode.OK,
+                pytest.ExitCode.NO_TESTS_COLLECTED,
+            ):
+                return KILLED
+        if sys.modules[module].__file__ != str(copy):
             raise ImportError(f"{module} was not imported from the mutant")
-        return SURVIVED if code == 0 else KILLED
+        return SURVIVED
 
     return forked(task, limit) or KILLED
 
@@ -207,7 +220,10 @@ def examine(path: Path, share: float, seed: int, only: set[tuple[str, str]] | No
         names = {name for line in mutant.lines for name in reached.get(line, [])}
         if "" in names:  # the statement runs at import
             names = elsewhere or {*seconds}
-        names = sorted(names, key=seconds.__getitem__)
+        whole: dict[str, float] = defaultdict(float)
+        for name in names:
+            whole[file_of(name)] += seconds[name]
+        names = sorted(names, key=lambda name: (whole[file_of(name)], file_of(name), seconds[name]))
         limit = 20 + 5 * sum(seconds[name] for name in names)
         result = outcome(path, mutant, names, limit) if names else SURVIVED
         counts[result] += 1
@@ -218,9 +234,14 @@ def examine(path: Path, share: float, seed: int, only: set[tuple[str, str]] | No
 
 
 def again(path: Path, known: dict[str, Any]) -> dict[str, Any]:
-    """Runs the survivors of an earlier run only: those that die now are moved to the killed."""
-    fresh = examine(path, math.inf, 0, {(s["before"], s["after"]) for s in known["survivors"]})
-    died = known[SURVIVED] - fresh[SURVIVED]
+    """Runs the survivors of an earlier run only: those that die now are moved to the killed.
+
+    Those whose line has changed since are dropped.
+    """
+    there = {(mutant.before, mutant.after) for mutant in mutants(path.read_text(encoding="utf-8"))}
+    left = [(s["before"], s["after"]) for s in known["survivors"] if (s["before"], s["after"]) in there]
+    fresh = examine(path, math.inf, 0, {*left})
+    died = len(left) - fresh[SURVIVED]
     return {**known, KILLED: known[KILLED] + died, SURVIVED: fresh[SURVIVED], "survivors": fresh["survivors"]}
 
 
