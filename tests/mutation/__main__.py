@@ -71,6 +71,8 @@ PRELOAD = (
 )
 KILLED, SURVIVED, TIMEOUT = "killed", "survived", "timeout"
 POLL = 0.005  # seconds
+# No test is collected from a file where the mutant gives all of them other names.
+NONE_FAILED = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 BROKEN = 70  # the exit status of a fork in which this program failed, and not a test
 
 
@@ -187,11 +189,7 @@ def outcome(path: Path, mutant: Mutant, names: list[str], limit: float) -> str:
         copy.write_text(mutant.source, encoding="utf-8")
         sys.meta_path.insert(0, Finder(module, path, copy))  # type: ignore[arg-type]
         for tests, selected in itertools.groupby(names, key=file_of):
-            # None is collected where the mutant gives the tests other names.
-            if run_pytest([tests], Selection([*selected])) not in (
-                pytest.ExitCode.OK,
-                pytest.ExitCode.NO_TESTS_COLLECTED,
-            ):
+            if run_pytest([tests], Selection([*selected])) not in NONE_FAILED:
                 return KILLED
         if sys.modules[module].__file__ != str(copy):
             raise ImportError(f"{module} was not imported from the mutant")
