@@ -119,6 +119,48 @@ def test_derivatives_are_those_of_finite_differences(chunk_bytes):
     assert torch.autograd.gradcheck(lambda x, w, b: linear_cross_entropy(x, w, target, linear_bias=b), leaves)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_target_to_ignore_is_the_one_that_was_named(reduction):
+    x, weight, _, target = problem(37, WIDTH, 5, torch.float32, ignored=0.0)
+    settings = {"reduction": reduction, "ignore_index": 3}
+    expected = linear_cross_entropy_reference(x.requires_grad_(), weight, target, **settings)
+    (dx,) = torch.autograd.grad(expected, x)
+    head = nn.Linear(WIDTH, 5, bias=False)
+    head.weight = nn.Parameter(weight)
+    for y in (
+        linear_cross_entropy(x, weight, target, **settings),
+        head_cross_entropy(nn.Sequential(head), x, target, 5, **settings),
+        head_cross_entropy_reference(head, x, target, **settings),
+    ):
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(torch.autograd.grad(y, x)[0], dx)
+
+
+def test_references_compute_bfloat16_in_float32():
+    x, weight, bias, target = problem(7, WIDTH, CLASSES, torch.bfloat16)
+    y = linear_cross_entropy_reference(x, weight, target, bias)
+    assert torch.equal(y, linear_cross_entropy_reference(x.float(), weight.float(), target, bias.float()))
+    logits = nn.functional.linear(x, weight, bias)
+    y = head_cross_entropy_reference(nn.Identity(), logits, target)
+    assert torch.equal(y, head_cross_entropy_reference(nn.Identity(), logits.float(), target))
+
+
+def test_gradients_of_chunks_are_summed_in_float32(fast_products):
+    x, weight, bias = torch.ones(1000, 1), torch.zeros(2, 1), torch.zeros(2)
+    leaves = [y.bfloat16().requires_grad_() for y in (weight, bias)]
+    with chunks_of(1):
+        y = linear_cross_entropy(
+            x.bfloat16(),
+            leaves[0],
+            torch.zeros(1000, dtype=torch.int64),
+            linear_bias=leaves[1],
+            reduction="sum",
+        )
+    # Of each row it is -1/2 and 1/2; in bfloat16 128 + 1/2 is 128 again.
+    for gradient in torch.autograd.grad(y, leaves):
+        assert gradient.flatten().tolist() == [-500.0, 500.0]
+
+
 def test_ignored_targets_alone_have_no_mean_and_no_gradient():
     x, weight, _, target = problem(5, WIDTH, CLASSES, torch.float32, ignored=1.0)
     y = linear_cross_entropy(x.requires_grad_(), weight, target)
@@ -134,12 +176,13 @@ def test_without_gradients_the_loss_is_the_same(chunk_bytes, fast_products):
     assert torch.equal(y, linear_cross_entropy(x, weight, target))
 
 
-def test_nothing_of_the_size_of_the_logits_is_kept():
-    x, weight, _, target = problem(37, WIDTH, CLASSES, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_of_the_size_of_the_logits_is_kept(dtype):
+    x, weight, _, target = problem(37, WIDTH, CLASSES, dtype)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         linear_cross_entropy(x.requires_grad_(), weight, target)
-    assert sorted(t.numel() for t in kept) == [0, 0, x.numel()]
+    assert sorted(t.nbytes for t in kept) == [0, 0, x.nbytes]
 
 
 def test_chunks_stay_within_their_bytes_and_cover_all_rows():
@@ -323,6 +366,13 @@ def test_hooks_of_a_linear_head_run():
     x, _, _, target = problem(37, WIDTH, CLASSES, torch.float32)
     head_cross_entropy(head, x, target, CLASSES)
     assert seen == [(1, 37, CLASSES)]
+
+
+def test_a_parameter_that_the_head_does_not_use_has_no_gradient():
+    head = nn.Sequential(nn.Linear(WIDTH, CLASSES))
+    head.spare = nn.Parameter(torch.ones(3))
+    x, _, _, target = problem(37, WIDTH, CLASSES, torch.float32)
+    assert not torch.autograd.grad(head_cross_entropy(head, x, target, CLASSES), head.spare)[0].any()
 
 
 def test_rows_that_are_none_and_frozen_heads_are_no_exception():
