@@ -80,6 +80,12 @@ def test_tiles_cover_all_rows_within_their_bytes(monkeypatch):
         assert all(4 * columns * len(part) <= 4000 or len(part) == 1 for part in parts)
 
 
+@pytest.mark.parametrize("columns", [1, 1000, 8191])
+def test_tiles_are_the_largest_that_take_8_mebibytes(columns):
+    size = _product._tile_size(10**9, columns)
+    assert 4 * columns * size <= 8 * 2**20 < 4 * columns * (size + 1)
+
+
 @pytest.mark.cpu("GPUs have products in 16 bits")
 @pytest.mark.parametrize("dtype", HALF)
 def test_without_onednn_16_bits_are_slow(dtype):
