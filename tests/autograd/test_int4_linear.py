@@ -151,6 +151,15 @@ def test_derivative_of_the_backward_operator_is_refused(packed):
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("needs_dx", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+def test_opcheck_of_the_backward_operator(packed, needs_dx, apart):
+    x, dy, adapter = torch.randn(80, 5).T, torch.randn(5, 24), [y.detach() for y in lora()]
+    arguments = (dy, x, *packed, *adapter, x @ adapter[0].T, 1.0, 64, needs_dx, apart)
+    results = torch.library.opcheck(torch.ops.entrenar.int4_lora_linear_backward.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
 def test_backward_keeps_packed_weights_only(packed):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
