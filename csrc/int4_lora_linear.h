@@ -131,9 +131,9 @@ Gradients backward(const Tensors& dys, const Tensor& x, const std::vector<Layer>
   }
   const Tensors dus = project_back(gradients, layers, scaling);
 
-  const Tensor none = torch::stable::new_empty(x, {0});
-  Gradients result = {needs_dx ? sum_back(input, gradients, apart ? Tensors() : dus, layers) : none,
-                      apart ? sum_back(input, {}, dus, layers) : none, {}, {}};
+  const auto none = [&x] { return torch::stable::new_empty(x, {0}); };  // a new one each: results share no memory
+  Gradients result = {needs_dx ? sum_back(input, gradients, apart ? Tensors() : dus, layers) : none(),
+                      apart ? sum_back(input, {}, dus, layers) : none(), {}, {}};
   for (size_t i = 0; i < count; i++) {
     result.dA.push_back(outer(dus[i], input, false));
     result.dB.push_back(outer(downs[i], gradients[i], true));
