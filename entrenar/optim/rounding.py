@@ -27,4 +27,4 @@ def square_add_(x: Tensor, y: Tensor, value: float) -> Tensor:
 
 def sqrt(x: Tensor) -> Tensor:
     """The square root; torch's own in float32 may be off by a unit in the last place."""
-    return x.sqrt() if x.dtype is torch.float64 else x.double().sqrt().to(x.dtype)
+    return x.double().sqrt().to(x.dtype)

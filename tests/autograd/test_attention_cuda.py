@@ -64,9 +64,11 @@ def check_flash(q, k, v, *others):
     check_memory(q, k, v, *others)
 
 
-def cut(starts, longest, *tensors):
+def cut(starts, starts_k, longest, longest_k, *tensors):
     """The rows of each sequence, as a batch of one, of tensors whose rows come first."""
-    assert starts.dtype is torch.int32
+    assert starts.dtype is starts_k.dtype is torch.int32
+    assert torch.equal(starts, starts_k)
+    assert longest == longest_k
     at = starts.tolist()
     assert longest == max(stop - start for start, stop in itertools.pairwise(at))
     return [[x[start:stop].unsqueeze(0) for x in tensors] for start, stop in itertools.pairwise(at)]
@@ -83,7 +85,7 @@ def flash_forward(q, k, v, starts_q, starts_k, max_q, max_k, dropout_p, causal, 
         return torch.empty_like(q).copy_(o), lse, nothing, nothing, nothing
     parts = [
         flash_forward(*rows, None, None, rows[0].shape[1], rows[0].shape[1], 0.0, causal, False, scale=scale)[:2]
-        for rows in cut(starts_q, max_q, q, k, v)
+        for rows in cut(starts_q, starts_k, max_q, max_k, q, k, v)
         if rows[0].numel()
     ]
     return torch.cat([o[0] for o, _ in parts]), torch.cat([x[0] for _, x in parts], -1), nothing, nothing, nothing
@@ -103,7 +105,7 @@ def flash_backward(d_o, q, k, v, o, lse, starts_q, starts_k, max_q, max_k, dropo
         return dq, *(d.unflatten(2, (groups, -1)).sum(3) for d in rest)
     assert lse.shape == (q.shape[1], q.shape[0])
     parts = []
-    for *rows, logarithms in cut(starts_q, max_q, d_o, q, k, v, o, lse.T):
+    for *rows, logarithms in cut(starts_q, starts_k, max_q, max_k, d_o, q, k, v, o, lse.T):
         length = rows[0].shape[1]
         if length:
             where = (None, None, length, length)
@@ -229,6 +231,15 @@ def test_packed_sequences(at, causal, dtype):
 def test_aligned_projections_are_not_copied():
     x = projections(2, 3, 3, 5, 5, 16, 16)[0].bfloat16()
     assert cuda._rows(x, 16).data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("width", [16, 24])
+def test_columns_apart_in_memory_are_brought_together(width):
+    x = torch.randn(2, 3, 16, 5).mT
+    rows = cuda._rows(x, width)
+    check_memory(rows)
+    assert torch.equal(rows[..., :16], x.transpose(1, 2))
+    assert not rows[..., 16:].any()
 
 
 def valid(**changed):
