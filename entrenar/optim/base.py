@@ -110,6 +110,10 @@ class KernelOptimizer(Optimizer):
         """How many of STATES the parameters of a group have."""
         return len(self.STATES)
 
+    def _signs(self, group: dict[str, Any]) -> dict[str, bool]:
+        """Of each of these states, by name, whether it has negative values."""
+        return dict(list(zip(self.STATES, self.SIGNED, strict=True))[: self._states(group)])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after checking its settings and parameters, as `torch.optim.Optimizer.add_param_group`."""
         self._check_settings({**self.defaults, **param_group})
@@ -152,7 +156,8 @@ class KernelOptimizer(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any], factors: dict[torch.device, Tensor]) -> None:
-        names, bits = self.STATES[: self._states(group)], self.BITS
+        signs = self._signs(group)
+        names = [*signs]
         together: dict[Any, list[tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(list)
         for param in group["params"]:
             grad = param.grad
@@ -173,7 +178,7 @@ class KernelOptimizer(Optimizer):
                     for param, grad, state in rows:
                         self._step_in_torch(group, param, grad if factor is None else grad * factor, state)
                 continue
-            codes = bits == 8 and state_dtype is torch.uint8
+            codes = self.BITS == 8 and state_dtype is torch.uint8
             contiguous = [param.contiguous() for param in params]
             lists = (
                 contiguous,
@@ -181,7 +186,7 @@ class KernelOptimizer(Optimizer):
                 [state[name] for name in names for state in states],
                 [state[name + "_absmax"] for name in names for state in states] if codes else [],
                 [state["step"] for state in states],
-                [codebook(signed, device) for signed in self.SIGNED[: len(names)]] if codes else [],
+                [codebook(signed, device) for signed in signs.values()] if codes else [],
                 factor,
                 seed,
             )
@@ -194,14 +199,13 @@ class KernelOptimizer(Optimizer):
         if group["stochastic_rounding"] and param.dtype is torch.bfloat16:
             raise RuntimeError(f"stochastic rounding needs the compiled kernels, which {param.device} does not have")
         state["step"] += 1
-        names = self.STATES[: self._states(group)]
         grad = -grad if group["maximize"] else grad
-        signs = dict(zip(self.STATES, self.SIGNED, strict=True))
+        signs = self._signs(group)
         states = [
-            dequantize_blockwise(state[name], state[name + "_absmax"], signs[name])
+            dequantize_blockwise(state[name], state[name + "_absmax"], signed)
             if state[name].dtype is torch.uint8
             else state[name]
-            for name in names
+            for name, signed in signs.items()
         ]
         if all(each.dtype is param.dtype for each in states):
             self._update(group, param, grad, states, int(state["step"]))
@@ -209,9 +213,9 @@ class KernelOptimizer(Optimizer):
             wide = param.to(states[0].dtype)
             self._update(group, wide, grad.to(wide.dtype), states, int(state["step"]))
             param.copy_(wide)
-        for name, values in zip(names, states, strict=True):
+        for (name, signed), values in zip(signs.items(), states, strict=True):
             if state[name].dtype is torch.uint8:
-                codes, absmax = quantize_blockwise(values, signs[name])
+                codes, absmax = quantize_blockwise(values, signed)
                 state[name].copy_(codes)
                 state[name + "_absmax"].copy_(absmax)
 
@@ -219,7 +223,7 @@ class KernelOptimizer(Optimizer):
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         codes = self.BITS == 8 and param.numel() >= group["min_8bit_size"]
         wide = group["stochastic_rounding"] and param.dtype is torch.bfloat16
-        for name, signed in list(zip(self.STATES, self.SIGNED, strict=True))[: self._states(group)]:
+        for name, signed in self._signs(group).items():
             if codes:
                 state[name] = torch.full(
                     param.shape, ZERO_CODE if signed else 0, dtype=torch.uint8, device=param.device
@@ -291,7 +295,7 @@ class KernelOptimizer(Optimizer):
         state: dict[str, Any] = {}
         self._start(group, param, state)
         state["step"].fill_(saved.get("step", 1))  # torch's SGD does not count, and needs only to know that it began
-        for name, signed in list(zip(self.STATES, self.SIGNED, strict=True))[: self._states(group)]:
+        for name, signed in self._signs(group).items():
             value = saved.get(name)
             if value is None:
                 if name + "_absmax" in saved or len(self.STATES) > 1:

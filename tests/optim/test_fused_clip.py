@@ -175,6 +175,18 @@ def test_converges_where_rounding_to_nearest_stalls(cls, backend):
     assert left[1] < 0.01
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_states_of_what_is_rounded_stochastically_are_float32(dtype, expected):
+    x = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    x.grad = torch.ones_like(x)
+    optimizer = optim.AdamW([x], stochastic_rounding=True)
+    optimizer.step()
+    assert {optimizer.state[x][name].dtype for name in ("exp_avg", "exp_avg_sq")} == {expected}
+
+
 def test_stochastic_rounding_is_right_on_average(backend):
     size = 1 << 16
     x = torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16))
