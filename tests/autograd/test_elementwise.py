@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -86,3 +88,16 @@ def test_only_what_the_gradient_needs_is_kept(op):
             {frozen.data_ptr(), trained.data_ptr()} if op is ops.div and inputs[1] is trained else {frozen.data_ptr()}
         )
         assert {t.data_ptr() for t in kept} == expected
+
+
+@pytest.mark.parametrize("op", [ops.mul, ops.div])
+def test_an_operand_that_a_hook_put_elsewhere_is_freed(op):
+    x, y = torch.rand(5, requires_grad=True), torch.rand(5, requires_grad=True)
+    a, b = 1 + x, 1 + y
+    expected = torch.autograd.grad(op(a, b).sum(), [x, y], retain_graph=True)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy):
+        z = op(a, b)
+    alive = [weakref.ref(a), weakref.ref(b)]
+    del a, b
+    assert [ref() for ref in alive] == [None, None]
+    assert all(map(torch.equal, torch.autograd.grad(z.sum(), [x, y]), expected))

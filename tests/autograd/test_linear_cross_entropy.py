@@ -177,12 +177,15 @@ def test_without_gradients_the_loss_is_the_same(chunk_bytes, fast_products):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_of_the_size_of_the_logits_is_kept(dtype):
-    x, weight, _, target = problem(37, WIDTH, CLASSES, dtype)
+@pytest.mark.parametrize("trained", [False, True])
+def test_nothing_but_the_gradients_is_kept(dtype, trained):
+    x, weight, bias, target = problem(37, WIDTH, CLASSES, dtype)
+    weight.requires_grad_(trained)
+    bias.requires_grad_(trained)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        linear_cross_entropy(x.requires_grad_(), weight, target)
-    assert sorted(t.nbytes for t in kept) == [0, 0, x.nbytes]
+        linear_cross_entropy(x.requires_grad_(), weight, target, linear_bias=bias)
+    assert [t.nbytes for t in kept] == [x.nbytes, *((weight.nbytes, bias.nbytes) if trained else (0, 0))]
 
 
 def test_chunks_stay_within_their_bytes_and_cover_all_rows():

@@ -49,11 +49,10 @@ def widen(x: Tensor) -> Tensor:
 
 def save(ctx: Any, *values: Operand | None) -> None:
     """Keep tensors for the backward by `save_for_backward`, and the numbers among them beside."""
-    ctx.numbers = tuple(None if isinstance(value, Tensor) else value for value in values)
+    ctx.numbers = {i: value for i, value in enumerate(values) if not isinstance(value, Tensor)}
     ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in values))
 
 
 def saved(ctx: Any) -> tuple[Any, ...]:
     """What `save` kept, in its order."""
-    pairs = zip(ctx.saved_tensors, ctx.numbers, strict=True)
-    return tuple(number if tensor is None else tensor for tensor, number in pairs)
+    return tuple(ctx.numbers.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors))
