@@ -152,8 +152,8 @@ class Int4LoRALinearFunction(Function):
         lora_B: Tensor,
         scaling: float,
         block: int,
-        lora_x: Tensor | None = None,
-        int8: bool = False,
+        lora_x: Tensor | None,
+        int8: bool,
     ) -> tuple[Tensor, Tensor]:
         op = torch.ops.entrenar.int4_lora_linear.default
         return below_autograd(op, x, codes, scales, bias, lora_A, lora_B, scaling, block, lora_x, int8)
