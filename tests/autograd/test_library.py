@@ -97,3 +97,6 @@ def test_without_cuda_kernels_the_ops_say_how_to_build(namespace, monkeypatch):
     why = r"^the CUDA kernels were not compiled: install with nvcc on the PATH \(pip install --no-build-isolation -e \."
     with pytest.raises(NotImplementedError, match=why):
         torch.ops.entrenar.on_cpu.default.redispatch(cuda, x)
+    other = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
+    with pytest.raises(NotImplementedError, match="Could not run 'entrenar::on_cpu'"):
+        torch.ops.entrenar.on_cpu.default.redispatch(other, x)

@@ -26,7 +26,7 @@ def define(schema: str, fake: Callable) -> None:
 def batch_by_loop(op: torch._ops.OpOverload) -> None:
     """Let torch.func.vmap call `op` for one element of the batch after the other."""
 
-    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, int]:
         def element(i: int) -> Any:
             def of(x: Any, dim: int | None) -> Any:
                 return x if dim is None else x.select(dim, i)
@@ -34,8 +34,7 @@ def batch_by_loop(op: torch._ops.OpOverload) -> None:
             return op(*tree_map(of, args, in_dims))
 
         results = [element(i) for i in range(info.batch_size)]
-        stacked = tree_map(lambda *xs: torch.stack(xs), *results)
-        return stacked, tree_map(lambda _: 0, stacked)
+        return tree_map(lambda *xs: torch.stack(xs), *results), 0
 
     torch.library.register_vmap(op, rule, lib=library)
 
