@@ -87,3 +87,12 @@ def test_nothing_happens_without_gradients():
     with recomputed(x * x, torch.square, x):
         y = x * 2
     assert torch.equal(y, 2 * x)
+
+
+def test_a_value_that_nothing_is_learnt_through_is_kept():
+    square, x, w = Counter(), torch.randn(5), torch.randn(5, requires_grad=True)
+    value = square(x)
+    with recomputed(value, square, x):
+        y = value * w
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), w)[0], x**2)
+    assert square.calls == 1
