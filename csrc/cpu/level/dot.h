@@ -245,11 +245,10 @@ void dot_of(const Product& p, int64_t column_begin, int64_t column_end) {
 }
 
 // The matrix registers overtake these products early.
-int64_t max_dot_rows(Dtype dtype) {
+int64_t max_dot_rows([[maybe_unused]] Dtype dtype) {
 #if defined(__AMX_BF16__)
   if (dtype == kBFloat16) return 2;
 #endif
-  (void)dtype;
   return kMaxDotRows;
 }
 

@@ -17,9 +17,9 @@ using namespace entrenar;
 
 namespace amx {
 
-constexpr int64_t kNibbles = 4;                         // of a 16-bit word of codes
-constexpr int64_t kWords = int4::kGroupBytes / 2;       // of a group
-constexpr int64_t kQuad = 4 * int4::kGroup;             // elements that are decoded at once
+constexpr int64_t kNibbles = 4;                    // of a 16-bit word of codes
+constexpr int64_t kWords = int4::kGroupBytes / 2;  // of a group
+constexpr int64_t kQuad = 4 * int4::kGroup;        // elements that are decoded at once
 constexpr int64_t kQuadUnits = kQuad / 2;
 constexpr int64_t kSquare = kRows * kUnits;
 
