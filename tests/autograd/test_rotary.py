@@ -114,3 +114,12 @@ def test_bad_shapes_are_refused(x, tables):
 def test_complex_values_are_refused():
     with pytest.raises(TypeError, match="complex"):
         rotary_embedding(torch.ones(2, 4, dtype=torch.cfloat), *tables(2, 4))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck_where_columns_are_apart_in_memory(transposed):
+    x, angles = torch.randn(2, 3, 8, 5).mT, torch.randn(5, 8)
+    results = torch.library.opcheck(
+        torch.ops.entrenar.rotary_embedding.default, (x, angles.cos(), angles.sin(), transposed)
+    )
+    assert set(results.values()) == {"SUCCESS"}
