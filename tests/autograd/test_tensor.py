@@ -70,6 +70,20 @@ def test_operators_run_our_operations():
         assert operation(result) == name
 
 
+class Named(torch.Tensor):
+    """Gives the name of the function that it was passed to."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return func.__name__
+
+
+def test_operands_and_settings_are_taken_by_name():
+    a, b = Tensor.from_vec([1.0, 2.0], True), Tensor.from_vec([3.0, 4.0])
+    assert ops.sub(a, other=b, alpha=3).tolist() == [-8.0, -10.0]
+    assert ops.sub(input=torch.ones(2), other=torch.ones(2).as_subclass(Named)) == "sub"
+
+
 def test_what_is_not_ours_is_torchs():
     a = Tensor.from_vec([1.0, 2.0], True)
     result = torch.cumsum(a, 0)

@@ -216,7 +216,7 @@ def examine(path: Path, share: float, seed: int, only: set[tuple[str, str]] | No
         if time.monotonic() > deadline:
             break
         names = {name for line in mutant.lines for name in reached.get(line, [])}
-        if "" in names:  # the statement runs at import
+        if "" in names or not names:  # it runs at import, or in what torch.compile traces, which coverage does not see
             names = elsewhere or {*seconds}
         whole: dict[str, float] = defaultdict(float)
         for name in names:

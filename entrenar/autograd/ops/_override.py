@@ -24,7 +24,7 @@ def overridable(op: Op) -> Op:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             args, kwargs = _distinct((args, kwargs))
-        operands = (*args, *kwargs.values()) if kwargs else args
+        operands = (*args, *kwargs.values())
         if has_torch_function(operands):
             return handle_torch_function(call, operands, *args, **kwargs)
         return run(*args, **kwargs)
