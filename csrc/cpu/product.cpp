@@ -74,7 +74,7 @@ Units packed_rows_of(const Tensor& x, int64_t rows, int64_t columns, bool pairs,
   return {units, rows};
 }
 
-constexpr int64_t kNearBytes = 1 << 19;
+constexpr int64_t kFarBytes = 1 << 19;  // of y, which the second-level cache would not keep beside x and a weight
 constexpr int64_t kExactRows = 16;    // that int8 leaves alone
 constexpr int64_t kRowsAtOnce = 512;  // whose sums fit the second-level cache beside a tile
 
@@ -115,7 +115,7 @@ void multiply(const Term* terms, int count, bool transposed, float scale, const 
   p.rows = rows_of(y);
   p.columns = y.size(-1);
   p.y = y.mutable_data_ptr();
-  p.far = y.numel() * (p.dtype == kFloat32 ? 4 : 2) > kNearBytes;
+  p.far = y.numel() * (p.dtype == kFloat32 ? 4 : 2) > kFarBytes;
   check_bias(bias, p.columns);
   if (bias) p.bias = bias->const_data_ptr<float>();
   if (p.rows == 0 || p.columns == 0) return;

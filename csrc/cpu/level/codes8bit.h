@@ -21,7 +21,7 @@ inline float largest(vfloat value) {
 
 inline vfloat magnitude(vfloat value) { return (vfloat)(bits_of(value) & 0x7fffffff); }
 
-// A codebook with and without signs: the codes of `kCodeVectors` vectors at once.
+// To the codes of a codebook, with signs or without, and back: `kCodeVectors` vectors at once.
 #if defined(__AVX512VBMI__)
 
 constexpr int kCodeVectors = 4;

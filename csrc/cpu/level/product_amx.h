@@ -191,9 +191,9 @@ void product_of_tiles(const Product& p, int64_t row_begin, int64_t row_end, int6
   const Registers registers(tile_width(p.rows));
   const int64_t sums_size = (row_end - row_begin + kTall - 1) / kTall * 4 * kSquare;
   const bool near = (row_end - row_begin) * p.x[0].stride * (int64_t)sizeof(uint32_t) <= kNearBytes;
-  const int64_t width = near ? kTall : kStrip;
-  for (int64_t strip = column_begin; strip < column_end; strip += width) {
-    const int64_t strip_end = column_end - strip < width ? column_end : strip + width;
+  const int64_t strip_width = near ? kTall : kStrip;
+  for (int64_t strip = column_begin; strip < column_end; strip += strip_width) {
+    const int64_t strip_end = column_end - strip < strip_width ? column_end : strip + strip_width;
     Cursor at = {p};
     for (bool first = true; first || !at.done(); first = false) {
       at.next();
@@ -202,7 +202,7 @@ void product_of_tiles(const Product& p, int64_t row_begin, int64_t row_end, int6
         const int64_t columns = strip_end - column < kTall ? strip_end - column : kTall;
         for (const Piece* piece = at.pieces; piece < at.pieces + at.count; piece++) {
           const Weight& w = p.w[piece->term];
-          decode_rows(w, column, columns, piece->begin, piece->depth, width, scratch->rows[0] + piece->unit,
+          decode_rows(w, column, columns, piece->begin, piece->depth, strip_width, scratch->rows[0] + piece->unit,
                       kTileDepthUnits);
         }
         multiply_rows(p, at, row_begin, row_end, column, columns, scratch, sums, first);

@@ -35,7 +35,7 @@ int64_t units_stride(int64_t columns, bool pairs) {
   return stride % 1024 == 0 ? stride + amx::kUnits : stride;
 }
 
-// Rearranging x takes about as long as transposing half as many rows of the weight.
+// Rearranging a row of x takes about as long as transposing two rows of the weight, which it saves.
 bool wants_tiles(int64_t rows, int64_t columns) { return 2 * rows <= columns; }
 
 int64_t tiled_stride(int64_t columns) { return amx::row_units(columns); }

@@ -33,8 +33,8 @@ def int4_linear(
         block: elements that share a scale, 64 or 32.
         int8: round x to int8, in blocks of its rows with a scale each (`int8_rows_reference`), and multiply in whole
             numbers: faster but with AMX, and off by about 0.6 % on Gaussian x. The gradient stays that of the exact
-            product. A few rows, which are bound by memory, are multiplied exactly all the same. The CPU's alone: on
-            CUDA it raises RuntimeError.
+            product. Up to 16 rows, which are bound by memory, are multiplied as without it. The CPU's alone: on CUDA
+            it raises RuntimeError.
 
     Returns:
         [..., N] of x's dtype. Products are accumulated in float32; for bfloat16 each decoded weight may first be
