@@ -233,6 +233,14 @@ def skip_where_int8_is_refused(backend):
         pytest.skip("int8 activations are the CPU's")
 
 
+@pytest.mark.parametrize(("rows", "alone"), [(16, True), (17, False)])
+def test_int8_leaves_up_to_16_rows_alone(rows, alone, backend):
+    skip_where_int8_is_refused(backend)
+    codes, scales = int4_quantize(torch.randn(40, 100))
+    x = torch.randn(rows, 100)
+    assert torch.equal(int4_linear(x, codes, scales, int8=True), int4_linear(x, codes, scales)) is alone
+
+
 def test_int8_is_refused_where_it_has_no_kernel(backend):
     if backend not in GPU:
         pytest.skip("the CPU has one")
