@@ -16,10 +16,11 @@ def check_rounding(
 
     `seen` [T, S] says which queries see which keys. To first order, with u a relative error of the probabilities P, of
     the output O in delta = rowsum(dO O), and of dS = P (dP - delta), and A = |dO| |V|ᵀ + rowsum(|dO| (P |V|)):
-    O is off by u (P |V| + |O|), dV by u (Pᵀ |dO| + |dV|), dQ by u (scale (P A) |K| + |dQ|), and dK likewise.
+    O is off by u (P |V| + |O|), dV by u (Pᵀ |dO| + |dV|), dQ by u (|scale| (P A) |K| + |dQ|), and dK likewise.
 
     bfloat16 rounds by 2^-9, and P, O and dS each once. float32 rounds every step of a sum by 2^-24; a score's error,
-    relative to the magnitudes that are summed in it, becomes one of its probability. Below 2^-126 all is lost.
+    relative to the magnitudes that are summed in it, becomes one of its probability. Results below 2^-126 are lost, and
+    probabilities below 2^-125, which are off by all of themselves.
     """
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
     output = op(*leaves)
@@ -35,19 +36,23 @@ def check_rounding(
     p = (scale * (q @ k.mT)).masked_fill(~seen, -math.inf).softmax(-1).nan_to_num()  # a query may see nothing
     o, dp = p @ v, dy @ v.mT
     ds = p * (dp - (dy * o).sum(-1, keepdim=True))
-    noise = p * (dy.abs() @ v.abs().mT + (dy.abs() * (p @ v.abs())).sum(-1, keepdim=True))
     expected = [o, scale * ds @ k, scale * ds.mT @ q, p.mT @ dy]
-    spread = [p @ v.abs(), scale * noise @ k.abs(), scale * noise.mT @ q.abs(), p.mT @ dy.abs()]
+    reach = dy.abs() @ v.abs().mT + (dy.abs() * (p @ v.abs())).sum(-1, keepdim=True)
+
+    def spread(p: Tensor) -> list[Tensor]:
+        noise = abs(scale) * p * reach
+        return [p @ v.abs(), noise @ k.abs(), noise.mT @ q.abs(), p.mT @ dy.abs()]
 
     steps = 8 + sum(key.shape[-2:]) + shared * query.shape[-2]
-    magnitudes = (scale * (q.abs() @ k.abs().mT)).max().item() if p.numel() else 0.0
+    magnitudes = (abs(scale) * (q.abs() @ k.abs().mT)).max().item() if p.numel() else 0.0
     u = 2**-24 * steps * (1 + magnitudes) + (3 * 2**-9 if query.dtype == torch.bfloat16 else 0.0)
-    for name, actual, wanted, around in zip(("o", "dq", "dk", "dv"), results, expected, spread, strict=True):
+    bounds = [u * around + lost for around, lost in zip(spread(p), spread(2**-125 * seen.double()), strict=True)]
+    for name, actual, wanted, bound in zip(("o", "dq", "dk", "dv"), results, expected, bounds, strict=True):
         if name in ("dk", "dv") and shared > 1:
-            wanted, around = (x.unflatten(-3, (-1, shared)).sum(-3) for x in (wanted, around))
+            wanted, bound = (x.unflatten(-3, (-1, shared)).sum(-3) for x in (wanted, bound))
         assert actual.shape == wanted.shape
         assert actual.dtype == query.dtype
-        excess = (actual.double() - wanted).abs() - u * (around + wanted.abs()) - 2**-126
+        excess = (actual.double() - wanted).abs() - bound - u * wanted.abs() - 2**-126
         assert not actual.isnan().any(), name
         assert (excess <= 0).all(), f"{name} is off by {excess.max():.3g} more than its roundings"
 

@@ -412,6 +412,17 @@ def test_scores_far_apart_neither_overflow_nor_vanish(causal, backend):
     torch.testing.assert_close(y.double(), expected, atol=5e-3, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [0.25, -0.25], ids=["rising", "falling"])
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_scores_that_change_from_tile_to_tile(dtype, causal, scale, backend):
+    """By 60 a tile of 64 keys, and with each query by more, so that only some are summed anew at a time."""
+    query, key, value = kernel_arguments(1, 1, 1, 330, 330, 8, 80, dtype)
+    key[..., 0], query[..., 0] = 4 * torch.arange(330) / 64, torch.linspace(0, 60, 330)
+    seen = tokens_seen(330, 330, causal)
+    check_rounding(lambda *args: attention(*args, is_causal=causal, scale=scale), query, key, value, seen, scale)
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(0, 70), (70, 0), (0, 0)])
 @pytest.mark.usefixtures("poisoned")
 def test_kernel_with_nothing_to_attend(queries, keys, backend):

@@ -130,6 +130,35 @@ inline void multiply(const Factors* factors, int count, const Sums* before, cons
   if constexpr (tall && wide) store<kBottomRight>(after.data + after.below + after.right, bytes);
 }
 
+// 32 rows of x by 16 columns: sums (+)= x panel.
+template <Register top, Register bottom, Register column>
+inline void multiply_half(const Factors& f, const uint32_t* panel) {
+  const int64_t x_bytes = f.x_stride * sizeof(uint32_t), panel_bytes = f.panel_stride * sizeof(uint32_t);
+  for (int64_t u = 0; u < f.units; u += kUnits) {
+    load<kTop>(f.x + u, x_bytes);
+    load<column>(panel + u * f.panel_stride, panel_bytes);
+    multiply_add<top, kTop, column>();
+    load<kBottom>(f.x + kRows * f.x_stride + u, x_bytes);
+    multiply_add<bottom, kBottom, column>();
+  }
+}
+
+// Sums of 32 by 32 where everything is in the nearest cache: one half of the columns after the other, so that the first
+// is stored while the second is multiplied.
+inline void multiply_near(Factors f, bool first, Sums sums) {
+  const int64_t bytes = sums.stride * sizeof(float);
+  if (first) {
+    clear<kTopLeft>(), clear<kTopRight>(), clear<kBottomLeft>(), clear<kBottomRight>();
+  } else {
+    load<kTopLeft>(sums.data, bytes), load<kBottomLeft>(sums.data + sums.below, bytes);
+    load<kTopRight>(sums.data + sums.right, bytes), load<kBottomRight>(sums.data + sums.below + sums.right, bytes);
+  }
+  multiply_half<kTopLeft, kBottomLeft, kLeft>(f, f.left);
+  store<kTopLeft>(sums.data, bytes), store<kBottomLeft>(sums.data + sums.below, bytes);
+  multiply_half<kTopRight, kBottomRight, kRight>(f, f.right);
+  store<kTopRight>(sums.data + sums.right, bytes), store<kBottomRight>(sums.data + sums.below + sums.right, bytes);
+}
+
 // The same for 1 to 32 rows and columns, and so many units at a time: for less than whole registers these are configured
 // and back.
 template <Far far>

@@ -40,8 +40,8 @@ struct AttentionOutput {
   float* lse;  // of each query the logarithm of its sum of exponentials
 };
 
-// dk and dv are what the block's gradients are added to: dk without the factor `scale`, both in tiles of
-// kAttentionBlock keys, and these in panels of kAttentionBlock columns.
+// dk and dv are what the block's gradients are added to: dk without the factor `scale`, both in tiles [column][key] of
+// kAttentionBlock keys, with columns up to a multiple of as many.
 struct AttentionGradient {
   ConstRows o, d_o;
   const float* lse;

@@ -33,6 +33,14 @@ void pack_rows(Dtype dtype, ConstRows x, int64_t rows, int64_t columns, uint32_t
   }
 }
 
+// The same for a whole number of units of rows: zero beyond those of x.
+template <bool kPairs>
+void pack_whole_rows(Dtype dtype, ConstRows x, int64_t rows, int64_t columns, uint32_t* out) {
+  const int64_t stride = ceil_div(columns, kUnit<kPairs>);
+  pack_rows<kPairs>(dtype, x, rows, columns, out, stride);
+  __builtin_memset(out + rows * stride, 0, (round_up(rows, kUnit<kPairs>) - rows) * stride * sizeof *out);
+}
+
 // out[unit of rows][column]; zero beyond the columns, and for the missing half of a last pair.
 template <bool kPairs>
 void pack_row_units(Dtype dtype, ConstRows x, int64_t rows, int64_t columns, uint32_t* out, int64_t stride) {
@@ -79,16 +87,16 @@ void pack_row_units_transposed(Dtype dtype, ConstRows x, int64_t rows, int64_t c
 }
 
 // Up to kBlock keys with their values. The forward contracts the columns of K and the rows of V, the backward the
-// columns of both and the rows of K: it has V where the forward has nothing, and Kᵀ where the forward has Vᵀ.
+// columns of both and the rows of K: it has V where the forward has nothing, and the panels are K's instead of V's.
 template <bool kPairs>
 struct KeyTile {
-  int64_t units, value_units, value, transposed, words;
+  int64_t units, value_units, value, panels, words;
 
   KeyTile(const AttentionKind& kind, bool backward)
       : units(ceil_div(kind.columns, kUnit<kPairs>)), value_units(ceil_div(kind.value_columns, kUnit<kPairs>)) {
-    value = kBlock * units;
-    transposed = value + (backward ? kBlock * value_units : 0);
-    words = transposed + round_up(backward ? kind.columns : kind.value_columns, 16) * kBlockUnits<kPairs>;
+    value = round_up(units, kSquare) * kBlock;
+    panels = value + (backward ? round_up(value_units, kSquare) * kBlock : 0);
+    words = panels + round_up(backward ? kind.columns : kind.value_columns, kBlock) * kBlockUnits<kPairs>;
   }
 };
 
@@ -96,16 +104,12 @@ template <bool kPairs>
 void pack_keys(const AttentionKind& kind, bool backward, ConstRows k, ConstRows v, int64_t keys, Packing& packing,
                uint32_t* out) {
   const KeyTile<kPairs> tile(kind, backward);
-  const int64_t padding = round_up(keys, kUnit<kPairs>) - keys;
-  pack_rows<kPairs>(kind.dtype, k, keys, kind.columns, out, tile.units);
-  __builtin_memset(out + keys * tile.units, 0, padding * tile.units * sizeof *out);
+  pack_rows_transposed<kPairs>(kind.dtype, k, keys, kind.columns, packing, out);
   if (backward) {
-    uint32_t* value = out + tile.value;
-    pack_rows<kPairs>(kind.dtype, v, keys, kind.value_columns, value, tile.value_units);
-    __builtin_memset(value + keys * tile.value_units, 0, padding * tile.value_units * sizeof *value);
-    pack_row_units_transposed<kPairs>(kind.dtype, k, keys, kind.columns, packing, out + tile.transposed);
+    pack_rows_transposed<kPairs>(kind.dtype, v, keys, kind.value_columns, packing, out + tile.value);
+    pack_panels<kPairs>(kind.dtype, k, keys, kind.columns, out + tile.panels);
   } else {
-    pack_row_units_transposed<kPairs>(kind.dtype, v, keys, kind.value_columns, packing, out + tile.transposed);
+    pack_panels<kPairs>(kind.dtype, v, keys, kind.value_columns, out + tile.panels);
   }
 }
 
@@ -129,13 +133,13 @@ inline void* element(Dtype dtype, Rows rows, int64_t row, int64_t column) {
   return const_cast<void*>(element(dtype, ConstRows{rows.data, rows.stride}, row, column));
 }
 
-// Sums [column][kBlock queries] as rows of a tensor.
-inline void store_transposed(Dtype dtype, const float* sums, int64_t queries, int64_t columns, Packing& packing,
-                             Rows out) {
-  const int64_t stride = round_up(columns, 16);
-  transpose((const uint32_t*)sums, kBlock, columns, kBlock, packing, stride);
-  for (int64_t q = 0; q < queries; q++) {
-    store_row(dtype, (const float*)packing + q * stride, columns, element(dtype, out, q, 0));
+// The same times a factor, for values in panels of kBlock columns, `stride` apart.
+inline void store_panel_row(Dtype dtype, const float* values, int64_t stride, int64_t columns, float factor, void* out) {
+  const ConstRows row = {out, 0};
+  for (int64_t c = 0; c < columns; c += kBlock, values += stride) {
+    float scaled[kBlock];
+    for (int i = 0; i < kBlock; i += kLanes) store(scaled + i, load<vfloat>(values + i) * factor);
+    store_row(dtype, scaled, least(kBlock, columns - c), const_cast<void*>(element(dtype, row, 0, c)));
   }
 }
 

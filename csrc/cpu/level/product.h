@@ -177,24 +177,35 @@ struct Multiplying<true> {
   amx::Registers registers;
 };
 
+// Less than 32 rows or columns, or units that do not fill the registers.
+__attribute__((noinline)) void multiply_part(int64_t rows, int64_t columns, amx::Factors factors, bool first,
+                                             const amx::Sums& sums) {
+  const int64_t rest = factors.units % amx::kUnits;
+  factors.units -= rest;
+  if (factors.units != 0 || first) {  // without units as well, for sums of 0
+    amx::multiply<amx::Far::kNone>(rows, columns, amx::kUnits, &factors, 1, first ? nullptr : &sums, sums);
+  }
+  if (rest != 0) {
+    const int64_t done = factors.units * factors.panel_stride;
+    factors = {factors.x + factors.units, factors.x_stride, factors.left + done, factors.right + done,
+               factors.panel_stride, rest};
+    amx::multiply<amx::Far::kNone>(rows, columns, rest, &factors, 1, &sums, sums);
+  }
+}
+
 inline void multiply_tile_amx(int vectors, int64_t rows, const Units& x, const uint32_t* panel, int64_t units,
                               float* sums, bool first) {
   constexpr int64_t kStride = kTileColumns;
   for (int64_t r = 0; r < rows; r += amx::kTall) {
-    const int64_t count = rows - r < amx::kTall ? rows - r : amx::kTall;
     for (int v = 0; v < vectors; v += 2) {
-      const int64_t columns = v + 1 < vectors ? amx::kWide : amx::kUnits, rest = units % amx::kUnits;
       const uint32_t* left = panel + v * amx::kUnits;
-      const uint32_t* rows_of_x = x.data + r * x.stride;
+      const amx::Factors factors = {x.data + r * x.stride, x.stride, left, left + amx::kUnits, kStride, units};
       const amx::Sums at = {sums + r * kStride + v * amx::kUnits, kStride, amx::kUnits, amx::kRows * kStride};
-      if (units != rest || first) {  // without units as well, for sums of 0
-        const amx::Factors whole = {rows_of_x, x.stride, left, left + amx::kUnits, kStride, units - rest};
-        amx::multiply<amx::Far::kNone>(count, columns, amx::kUnits, &whole, 1, first ? nullptr : &at, at);
-      }
-      if (rest != 0) {
-        left += (units - rest) * kStride;
-        const amx::Factors last = {rows_of_x + units - rest, x.stride, left, left + amx::kUnits, kStride, rest};
-        amx::multiply<amx::Far::kNone>(count, columns, rest, &last, 1, &at, at);
+      if (rows - r >= amx::kTall && vectors - v >= 2 && units % amx::kUnits == 0) {
+        amx::multiply_near(factors, first, at);
+      } else {
+        multiply_part(rows - r < amx::kTall ? rows - r : amx::kTall, vectors - v < 2 ? amx::kUnits : amx::kWide, factors,
+                      first, at);
       }
     }
   }

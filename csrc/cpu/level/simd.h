@@ -152,6 +152,28 @@ inline float sum(vfloat value) {
 #endif
 }
 
+inline bool any_above(vfloat value, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)value, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)value, _mm256_set1_ps(bound), _CMP_GT_OQ)) != 0;
+#else
+  bool found = false;
+  for (int i = 0; i < kLanes; i++) found |= value[i] > bound;
+  return found;
+#endif
+}
+
+inline float highest(vfloat value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)value);
+#else
+  float found = value[0];
+  for (int i = 1; i < kLanes; i++) found = value[i] > found ? value[i] : found;
+  return found;
+#endif
+}
+
 inline float half_to_float(uint16_t half) {
 #if defined(__F16C__)
   return _cvtsh_ss(half);

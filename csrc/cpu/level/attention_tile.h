@@ -1,0 +1,109 @@
+// Where queries and keys meet in attention: scores and probabilities of a strip of queries and a tile of keys.
+//
+// Keys lie in the lanes: the scores [query][key] are a product of queries, whose units are broadcast, with transposed
+// keys. A strip is as large as its scores and sums can be in the nearest cache.
+#pragma once
+
+#include "attention_pack.h"
+#include "elements.h"
+#include "math.h"
+
+namespace {
+
+constexpr int kBlockVectors = kBlock / kLanes;
+// Queries of a strip: rows of the matrix registers, or a whole number of the microkernel's.
+constexpr int kStrip = kLanes == 8 ? 48 : 32;
+constexpr int kStrips = (kBlock + kStrip - 1) / kStrip;
+
+// How probabilities are computed, and how they become operands of the next products.
+template <bool kPairs>
+struct Probability;
+
+template <>
+struct Probability<false> {
+  static constexpr float kPerNat = 1;  // what a factor of e adds to a score
+
+  template <int kCount>
+  static void of(vfloat (&scores)[kCount]) {
+    for (int i = 0; i < kCount; i++) scores[i] = vexp_or_zero(scores[i]);
+  }
+
+  // Of the vectors of a row that make units, and of those in neighbouring rows, which lie kUnit apart.
+  static void store_units(uint32_t* to, const vfloat* vectors) { store(to, vectors[0]); }
+  static void store_row_units(uint32_t* to, const vfloat* rows) { store(to, rows[0]); }
+};
+
+#if defined(__AVX512BF16__)
+// The order of 16-bit elements 0, 16, 1, 17, ...
+inline __m512i interleaved() {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
+}
+
+template <>
+struct Probability<true> {
+  static constexpr float kPerNat = 0x1.715476p+0f;
+
+  template <int kCount>
+  static __attribute__((always_inline)) void of(vfloat (&scores)[kCount]) {
+    vexp2_coarse(scores);
+  }
+
+  static __m512i rounded(vfloat first, vfloat second) {
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  }
+  static void store_units(uint32_t* to, const vfloat* vectors) {
+    _mm512_storeu_si512(to, rounded(vectors[0], vectors[1]));
+  }
+  static void store_row_units(uint32_t* to, const vfloat* rows) {
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(interleaved(), rounded(rows[0], rows[2])));
+  }
+};
+#endif
+
+// What a strip of queries and a tile of keys have to do with each other.
+struct Meeting {
+  int64_t first, queries;  // of the strip; `first` counts from the block's beginning
+  int64_t keys;            // of the tile, up to the last one that some query of the strip sees
+  bool diagonal;           // query i of the block sees the keys up to i
+
+  int64_t seen(int64_t query) const { return diagonal ? least(keys, first + query + 1) : keys; }
+  int vectors() const { return ceil_div(keys, kLanes); }
+  bool whole() const { return !diagonal && keys == kBlock; }
+};
+
+inline int64_t keys_seen(const AttentionKind& kind, const AttentionBlock& block) {
+  return kind.causal ? least(block.keys, block.first + block.queries) : block.keys;
+}
+
+inline Meeting meeting(const AttentionKind& kind, const AttentionBlock& block, int64_t first, int64_t queries,
+                       int64_t key) {
+  const bool diagonal = kind.causal && key == block.first;
+  const int64_t keys = least(kBlock, block.keys - key);
+  return {first, queries, diagonal ? least(keys, first + queries) : keys, diagonal};
+}
+
+// out[query][key] = x[query] · y[key], with y transposed.
+template <bool kPairs>
+void dot_products(const Meeting& at, const uint32_t* x, const uint32_t* y, int64_t units, float* out) {
+  multiply_tile<kPairs>(at.vectors(), at.queries, {x, units}, y, units, out, true);
+}
+
+// sums[query][column] (+)= sum over keys of p[query][key] x[key][column], with sums and x in panels of kBlock columns.
+template <bool kPairs>
+void sum_over_keys(const Meeting& at, const uint32_t* p, const uint32_t* x, int64_t columns, float* sums, bool first) {
+  for (int64_t c = 0; c < columns; c += kBlock, x += kBlockUnits<kPairs> * kBlock, sums += kStrip * kBlock) {
+    multiply_tile<kPairs>(ceil_div(least(kBlock, columns - c), kLanes), at.queries, {p, kBlockUnits<kPairs>}, x,
+                          ceil_div(at.keys, kUnit<kPairs>), sums, first);
+  }
+}
+
+// A vector of a query's scores relative to its reference; of a masked tile -infinity for all but the first `seen` keys.
+template <bool kMasked>
+inline vfloat relative_score(const float* scores, float scale, float reference, int64_t seen) {
+  const vfloat score = scale * load<vfloat>(scores) - reference;
+  if constexpr (!kMasked) return score;
+  return lane_numbers() < (int)seen ? score : broadcast(-__builtin_inff());
+}
+
+}  // namespace
