@@ -37,7 +37,7 @@ struct Softmax {
     vfloat most = broadcast(-__FLT_MAX__);  // not -infinity, whose difference to itself is not 0
     for (int v = 0; v < kVectors; v++) most = larger(score(query, v, 0), most);
     const float before = s.reference[query];
-    s.reference[query] = highest(most);
+    s.reference[query] = largest(most);
     if (first) return;
     vfloat factor[1] = {broadcast(before - s.reference[query])};
     Probability<kPairs>::of(factor);

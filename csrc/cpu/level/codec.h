@@ -46,6 +46,28 @@ inline void encode_group(const float* group, float s, int least, uint8_t* codes)
   }
 }
 
+// The codes from -kMaxCode on of whole groups, by the scale's inverse: a product is off from the quotient by at most 3
+// units of 2^-24 of itself, which is below kMaxCode + 1/2. Returns whether all codes are right: none is where one of the
+// two is so near to the middle of two codes that it matters.
+inline bool encode_groups(const float* values, int64_t groups, float inverse, uint8_t* codes) {
+  constexpr float kSure = 0.5f - 0x1p-18f;
+  vuint apart = {};  // the largest distance to a code, as the bits of its magnitude
+  for (int64_t g = 0; g < groups; g++, values += int4::kGroup, codes += int4::kGroupBytes) {
+    for (int j = 0; j < int4::kGroupBytes; j += kLanes) {
+      vuint nibbles[2];
+      for (int half = 0; half < 2; half++) {
+        const vfloat quotient = load<vfloat>(values + half * int4::kGroupBytes + j) * inverse;
+        const vfloat q = quotient + kMagic;
+        const vuint distance = bits_of(quotient - (q - kMagic)) & 0x7fffffff;
+        apart = distance > apart ? distance : apart;
+        nibbles[half] = (bits_of(q) + int4::kZeroNibble) & 15;
+      }
+      store(codes + j, to_bytes(nibbles[0] | nibbles[1] << 4));
+    }
+  }
+  return !any_above((vfloat)apart, kSure);
+}
+
 // A scale as its dtype holds it.
 inline float stored_scale(float s, bool float32_scales) {
   return float32_scales ? s : half_to_float(float_to_half(s));
@@ -93,22 +115,24 @@ inline int fit_scale(const float* values, int64_t count, uint32_t absmax, bool f
 void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, int block, bool float32_scales, bool mse,
               uint8_t* codes, void* scales) {
   const int64_t groups = int4::groups(columns), per_block = block / int4::kGroup;
+  const int bytes = dtype == kFloat32 ? 4 : 2;
   int64_t scale_index = 0;
   for (int64_t row = 0; row < rows; row++) {
     for (int64_t begin = 0; begin < groups; begin += per_block, scale_index++) {
       const int64_t count = groups - begin < per_block ? groups - begin : per_block;
       float values[2 * int4::kGroup];
-      vuint largest = {};  // as integers, magnitudes order like floats with infinity and NaN above them all
+      vuint most = {};  // as integers, magnitudes order like floats with infinity and NaN above them all
       for (int64_t g = 0; g < count; g++) {
         float* group = values + g * int4::kGroup;
-        load_group(weight, dtype, row, columns, (begin + g) * int4::kGroup, group);
+        const int64_t column = (begin + g) * int4::kGroup;
+        prefetch_ahead((const char*)weight + (row * columns + column) * bytes, int4::kGroup * bytes);
+        load_group(weight, dtype, row, columns, column, group);
         for (int i = 0; i < int4::kGroup; i += kLanes) {
           const vuint magnitude = load<vuint>(group + i) & 0x7fffffff;
-          largest = magnitude > largest ? magnitude : largest;
+          most = magnitude > most ? magnitude : most;
         }
       }
-      uint32_t absmax = 0;
-      for (int i = 0; i < kLanes; i++) absmax = largest[i] > absmax ? largest[i] : absmax;
+      const uint32_t absmax = largest(most);
       float s = stored_scale(int4::bits_float(absmax) / int4::kMaxCode, float32_scales);
       const bool usable = is_usable(s);
       int least = -int4::kMaxCode;
@@ -118,13 +142,15 @@ void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, in
       } else {
         ((uint16_t*)scales)[scale_index] = float_to_half(s);
       }
-      for (int64_t g = 0; g < count; g++, codes += int4::kGroupBytes) {
-        if (usable) {
-          encode_group(values + g * int4::kGroup, s, least, codes);
-        } else {
-          __builtin_memset(codes, int4::kZeroByte, int4::kGroupBytes);
+      const float inverse = 1 / s, largest_code = int4::bits_float(absmax) * inverse;
+      if (!usable) {
+        __builtin_memset(codes, int4::kZeroByte, count * int4::kGroupBytes);
+      } else if (mse || !(largest_code < int4::kMaxCode + 0.49f) || !encode_groups(values, count, inverse, codes)) {
+        for (int64_t g = 0; g < count; g++) {
+          encode_group(values + g * int4::kGroup, s, least, codes + g * int4::kGroupBytes);
         }
       }
+      codes += count * int4::kGroupBytes;
     }
   }
 }

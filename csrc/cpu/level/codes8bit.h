@@ -9,16 +9,6 @@
 
 namespace {
 
-inline float largest(vfloat value) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)value);
-#else
-  float most = value[0];
-  for (int i = 1; i < kLanes; i++) most = value[i] > most ? value[i] : most;
-  return most;
-#endif
-}
-
 inline vfloat magnitude(vfloat value) { return (vfloat)(bits_of(value) & 0x7fffffff); }
 
 // To the codes of a codebook, with signs or without, and back: `kCodeVectors` vectors at once.

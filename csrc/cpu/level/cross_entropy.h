@@ -46,6 +46,7 @@ float highest_logit(const T* logits, int64_t classes) {
   for (int v = 0; v < kLogitVectors; v++) highest[v] = broadcast(-__builtin_inff());
   int64_t c = 0;
   for (; c + kLogitStep <= classes; c += kLogitStep) {
+    prefetch_ahead(logits + c, kLogitStep * sizeof *logits);
 #pragma GCC unroll 4
     for (int v = 0; v < kLogitVectors; v++) {
       const vfloat x = load_logits(logits + c + v * kLanes);

@@ -68,6 +68,7 @@ inline vint lane_numbers() {
 // The first `count` elements, and zeros in the other lanes.
 template <Dtype dtype>
 inline vfloat load_some(const Element<dtype>* from, int64_t count) {
+  prefetch_ahead(from, kLanes * sizeof *from);
   if (count >= kLanes) return load_vector<dtype>(from);
   Element<dtype> padded[kLanes] = {};
   __builtin_memcpy(padded, from, count * sizeof *from);

@@ -93,21 +93,19 @@ class CodesStep {
 
   // Of a block, whose first element is the parameter's `index`-th.
   void take(Element<dtype>* params, const Element<dtype>* grads, const CodesState* states, int64_t index) const {
-    constexpr int64_t kAhead = 4 * kCodeBlock;
     const float a_absmax = *states[0].absmax, b_absmax = rule == kAdam ? *states[1].absmax : 0;
     alignas(64) float new_as[kCodeBlock], new_bs[kCodeBlock];
     vfloat a_most = {}, b_most = {};
     for (int i = 0; i < kCodeBlock; i += kCodeLanes) {
       vfloat as[kCodeVectors], bs[kCodeVectors] = {};
+      for (int state = 0; state < kStates; state++) prefetch_ahead(states[state].codes + i, kCodeLanes);
       a_codec_.decode(states[0].codes + i, as);
       if (rule == kAdam) b_codec_.decode(states[1].codes + i, bs);
 #pragma GCC unroll 4
       for (int v = 0; v < kCodeVectors; v++) {
         const int j = i + v * kLanes;
-        __builtin_prefetch(params + j + kAhead, 1);
-        __builtin_prefetch(grads + j + kAhead);
-        const vfloat grad = load_vector<dtype>(grads + j);
-        vfloat param = load_vector<dtype>(params + j), a = as[v] * a_absmax, b = bs[v] * b_absmax;
+        const vfloat grad = load_some<dtype>(grads + j, kLanes);
+        vfloat param = load_some<dtype>(params + j, kLanes), a = as[v] * a_absmax, b = bs[v] * b_absmax;
         optim_update<rule, VectorMath>(step_, 1, grad * factor_, param, a, b);
         store_param<dtype>(call_, step_, params + j, param, grad, index + j, kLanes);
         store(new_as + j, a);

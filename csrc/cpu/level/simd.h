@@ -39,6 +39,13 @@ inline void store(T* to, V value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
+// Fetches what lies some way behind `bytes` at `from` of a stream, which is read once. A processor's own prefetching ends
+// with each page of 4 KiB, and does not keep up with what is computed from a stream.
+inline void prefetch_ahead(const void* from, int64_t bytes) {
+  constexpr int64_t kAhead = 2048, kLine = 64;
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch((const char*)from + kAhead + i);
+}
+
 // Conversions between widths, which gcc's __builtin_convertvector takes apart into single elements.
 #if defined(__AVX512F__)
 inline vuint widen(vbyte value) { return (vuint)_mm512_cvtepu8_epi32((__m128i)value); }
@@ -164,12 +171,22 @@ inline bool any_above(vfloat value, float bound) {
 #endif
 }
 
-inline float highest(vfloat value) {
+inline float largest(vfloat value) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)value);
 #else
   float found = value[0];
   for (int i = 1; i < kLanes; i++) found = value[i] > found ? value[i] : found;
+  return found;
+#endif
+}
+
+inline uint32_t largest(vuint value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32((__m512i)value);
+#else
+  uint32_t found = 0;
+  for (int i = 0; i < kLanes; i++) found = value[i] > found ? value[i] : found;
   return found;
 #endif
 }
