@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from entrenar.autograd.ops.attention import attention
+from entrenar.autograd.ops.packed_attention import packed_attention
 from entrenar.autograd.ops.rotary import rotary_embedding
 from entrenar.fusion.structure import NotFusableError, own_settings, require_children
 from entrenar.lora.layers import apply_together
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 HEAD_NORMS = ("q_norm", "k_norm")
-# What the class may have set beside what is used here, without any effect on the output: the sliding window is in the
-# mask that the model hands in.
-HARMLESS = {"num_key_value_groups", "layer_type", "sliding_window"}
+# What the class may have set beside what is used here, without any effect on the output.
+HARMLESS = {"num_key_value_groups", "layer_type"}
 
 
 class FusedAttention(nn.Module):
@@ -27,6 +28,7 @@ class FusedAttention(nn.Module):
         scale: multiplies the scores.
         dropout: of the probabilities, in training.
         layer_idx: the layer's place in the model's cache of keys and values.
+        window: how many keys a query sees at most, or None; the model puts it into its masks.
     """
 
     q_proj: nn.Module
@@ -37,7 +39,14 @@ class FusedAttention(nn.Module):
     k_norm: nn.Module | None
 
     def __init__(
-        self, layers: dict[str, nn.Module], *, head_dim: int, scale: float, dropout: float, layer_idx: int
+        self,
+        layers: dict[str, nn.Module],
+        *,
+        head_dim: int,
+        scale: float,
+        dropout: float,
+        layer_idx: int,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         for name in (*PROJECTIONS, *HEAD_NORMS):
@@ -46,6 +55,7 @@ class FusedAttention(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.layer_idx = layer_idx
+        self.window = window
 
     @classmethod
     def of(cls, module: nn.Module) -> FusedAttention:
@@ -62,6 +72,7 @@ class FusedAttention(nn.Module):
                 "scale": settings.pop("scaling"),
                 "dropout": settings.pop("attention_dropout"),
                 "layer_idx": settings.pop("layer_idx"),
+                "window": settings.pop("sliding_window", getattr(config, "sliding_window", None)),
             }
         except KeyError as missing:
             raise NotFusableError(f"has no {missing.args[0]}") from None
@@ -75,6 +86,7 @@ class FusedAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cu_seq_lens_q: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Map hidden_states [B, T, width] to the same shape; the second result stands for weights that do not exist.
@@ -83,6 +95,11 @@ class FusedAttention(nn.Module):
             position_embeddings: cos and sin, [B or 1, T, head_dim].
             attention_mask: as `attention` takes it, or None for causal attention.
             past_key_values: a cache of transformers, to which keys and values are added.
+            cu_seq_lens_q: integers [n + 1], named as transformers names them: a batch of one row holds n sequences, the
+                i-th from cu_seq_lens_q[i] up to cu_seq_lens_q[i + 1]. A token sees the earlier ones of its sequence,
+                and the mask is not looked at.
+
+        Raises ValueError for such sequences where `packs` says that they are not taken.
         """
         q, k, v = (
             x.view(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)
@@ -98,9 +115,28 @@ class FusedAttention(nn.Module):
         )
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        causal = attention_mask is None and q.shape[2] > 1
+        if cu_seq_lens_q is None:
+            o = self._attend(q, k, v, attention_mask)
+        else:
+            o = self._attend_packed(q, k, v, cu_seq_lens_q.to("cpu", torch.int64))
+        return self.o_proj(o.transpose(1, 2).flatten(-2)), None
+
+    def packs(self, longest: int) -> bool:
+        """Return whether sequences of up to `longest` tokens can be packed: not with dropout, nor beyond a window."""
+        return not self.dropout and (self.window is None or longest <= self.window)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        causal = mask is None and q.shape[2] > 1
         if causal:  # a cache of fixed size has room for keys that do not exist yet
             k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
         dropout = self.dropout if self.training else 0.0
-        o = attention(q, k, v, attention_mask, dropout, causal, scale=self.scale, enable_gqa=True)
-        return self.o_proj(o.transpose(1, 2).flatten(-2)), None
+        return attention(q, k, v, mask, dropout, causal, scale=self.scale, enable_gqa=True)
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+        longest = int(offsets.diff().max())
+        if not self.packs(longest):
+            raise ValueError(
+                f"attention to packed sequences has no dropout and no window; here they are {self.dropout} and "
+                f"{self.window} tokens, of sequences of up to {longest}: pad them instead"
+            )
+        return packed_attention(q, k, v, offsets, scale=self.scale)

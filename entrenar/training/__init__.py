@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from entrenar.training.batches import IGNORED, Example, collate, epoch_batches, split_heldout
+from entrenar.training.batches import IGNORED, Example, collate, epoch_batches, pack, split_heldout
 from entrenar.training.config import FinetuneConfig
 from entrenar.training.data import DataError, Record, read_records
 from entrenar.training.encode import Encoded, encode
@@ -10,6 +10,7 @@ from entrenar.training.generate import generate
 from entrenar.training.interrupt import Interrupted
 from entrenar.training.loop import TrainingError, finetune
 from entrenar.training.loss import causal_lm_loss
+from entrenar.training.packing import packs
 from entrenar.training.resume import ResumeError
 from entrenar.training.watcher import Watcher
 
@@ -30,6 +31,8 @@ __all__ = [
     "epoch_batches",
     "finetune",
     "generate",
+    "pack",
+    "packs",
     "read_records",
     "split_heldout",
 ]

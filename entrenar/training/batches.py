@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,6 +39,17 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> tuple[Tensor, Tenso
     input_ids = torch.nn.utils.rnn.pad_sequence([e.input_ids for e in examples], batch_first=True, padding_value=pad_id)
     labels = torch.nn.utils.rnn.pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORED)
     return input_ids, labels
+
+
+def pack(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay examples behind each other as `(input_ids, labels, offsets)`: int64 [1, N] twice, and int64 [n + 1].
+
+    Example i has the tokens from offsets[i] up to offsets[i + 1]. The tensors are those that `causal_lm_loss` takes.
+    """
+    input_ids = torch.cat([e.input_ids for e in examples]).unsqueeze(0)
+    labels = torch.cat([e.labels for e in examples]).unsqueeze(0)
+    lengths = [len(e.input_ids) for e in examples]
+    return input_ids, labels, torch.tensor([0, *itertools.accumulate(lengths)], device="cpu")
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ from entrenar.lora.layers import LoRALayer, common_fit
 from entrenar.optim.base import KernelOptimizer
 from entrenar.optim.clip import why_not_finite
 from entrenar.optim.schedulers import CosineScheduler
-from entrenar.training.batches import Example, collate
+from entrenar.training.batches import Example, collate, pack
 from entrenar.training.config import OPTIMIZERS, FinetuneConfig
 from entrenar.training.evaluate import heldout_loss, sample_answers
 from entrenar.training.interrupt import Interrupted, stop_between_steps
@@ -31,6 +31,7 @@ from entrenar.training.metrics import (
     versions,
     write_report,
 )
+from entrenar.training.packing import packs
 from entrenar.training.plan import Plan
 from entrenar.training.resume import (
     ResumeError,
@@ -66,8 +67,9 @@ def finetune(
     The folder `out` gets `adapter/` (PEFT's two files), `metrics.jsonl`, `loss.png` and `report.json`; while training,
     also `checkpoint.safetensors`, from which a run that was interrupted or killed goes on with `resume=True` to
     bit-identical adapters (on a GPU if torch.use_deterministic_algorithms is on). Batches go to the device that the
-    adapters lie on. Ctrl-C finishes the step, saves a checkpoint and raises Interrupted. The held-out loss is
-    measured before and after each quarter of the run. torch's random generators are seeded with `config.seed`.
+    adapters lie on, with their examples behind each other in one row where the model `packs` them, and padded where it
+    does not. Ctrl-C finishes the step, saves a checkpoint and raises Interrupted. The held-out loss is measured before
+    and after each quarter of the run. torch's random generators are seeded with `config.seed`.
 
     Raises ResumeError if `out` holds a run and `resume` is false, or if it holds none, a finished or a different one
     and `resume` is true; TrainingError for a non-finite loss or gradient, and for adapters that get no gradient at
@@ -96,6 +98,7 @@ def finetune(
         watcher.say(f"held-out loss before: {state.heldout_losses[0]:.4f} ({len(heldout)} examples)")
         state.samples_before = sample_answers(model, tokenizer, heldout)
 
+    packed = packs(model, max(len(example.input_ids) for example in train))
     model.train()
     if config.recompute:
         _recompute_activations(model)
@@ -104,7 +107,7 @@ def finetune(
             lr = schedule.get_lr(step - 1)
             batches = [[train[index] for index in batch] for batch in plan.batches(step)]
             start = time.perf_counter()
-            loss, grad_norm = _train_step(model, optimizer, parameters, batches, lr, step)
+            loss, grad_norm = _train_step(model, optimizer, parameters, batches, lr, step, packed)
             row = StepMetrics(
                 step=step,
                 loss=loss,
@@ -171,15 +174,16 @@ def _train_step(
     batches: Sequence[Sequence[Example]],
     lr: float,
     step: int,
+    packed: bool,
 ) -> tuple[float, float]:
     """Do one optimizer step on the batches together; return their loss and the gradients' norm before clipping."""
     device = next(iter(parameters.values())).device
     targets = sum(example.targets for batch in batches for example in batch)
     total = torch.zeros((), device=device)
     for batch in batches:
-        input_ids, labels = (x.to(device) for x in collate(batch))
+        input_ids, labels, offsets = pack(batch) if packed else (*collate(batch), None)
         share = sum(example.targets for example in batch) / targets
-        loss = causal_lm_loss(model, input_ids, labels) * share
+        loss = causal_lm_loss(model, input_ids.to(device), labels.to(device), offsets) * share
         loss.backward()
         total += loss.detach()
     optimizer.set_lr(lr)

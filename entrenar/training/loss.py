@@ -12,13 +12,16 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from entrenar.autograd.ops.head_cross_entropy import head_cross_entropy
 from entrenar.training.batches import IGNORED
+from entrenar.training.packing import packed_inputs
 
 # What was found out about models: whether they do something to the logits behind their head (capping, scaling).
 _CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
 _KEEPS_LOGITS: WeakSet[nn.Module] = WeakSet()
 
 
-def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+def causal_lm_loss(
+    model: nn.Module, input_ids: Tensor, labels: Tensor | None = None, offsets: Tensor | None = None
+) -> Tensor:
     """Return the mean next-token cross-entropy over the labels that are not -100: a float32 scalar.
 
     `input_ids` and `labels` are int64 [B, T]; `labels[b, t]` is the token wanted at position t (as in transformers,
@@ -26,7 +29,13 @@ def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = 
     model: its own forward runs, so whatever it does to its logits (capping, scaling) holds, but its head sees only
     the positions that predict a label, and only some of them at a time: the logits are never whole (see
     `head_cross_entropy`), unless the model changes them behind its head. Raises ValueError where no position predicts
-    a label or shapes differ, TypeError for a model without an output head.
+    a label, shapes differ or offsets do not fit, TypeError for a model without an output head.
+
+    With `offsets`, int64 [n + 1] on the CPU, from 0 to T and nowhere decreasing, the one row of a batch holds n
+    sequences behind each other, the i-th from offsets[i] up to offsets[i + 1]: the loss is that of the n as rows, and
+    nothing is computed for padding. It holds for a model that keeps them apart (`entrenar.training.packs` says which
+    do, and gain by it) where it is told of them as transformers tells: by `position_ids` that begin anew and by
+    `cu_seq_lens_q`.
 
     On CUDA a model's first loss waits for the device; later ones, without `labels`, do not, and can be captured in a
     CUDA graph with their backward: that the model still leaves its logits as they are is then asserted on the device.
@@ -34,6 +43,10 @@ def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = 
     if input_ids.dim() != 2 or (labels is not None and labels.shape != input_ids.shape):
         shapes = [[*ids.shape] for ids in (input_ids, labels) if ids is not None]
         raise ValueError(f"input_ids and labels must both be [batch, tokens], not {' and '.join(map(str, shapes))}")
+    inputs = {"input_ids": input_ids}
+    if offsets is not None:
+        inputs |= packed_inputs(input_ids, offsets)
+        labels = (input_ids if labels is None else labels).masked_fill(inputs["position_ids"] == 0, IGNORED)
     rows, targets = _predicting(input_ids) if labels is None else _labelled(labels)
     if not len(rows):
         raise ValueError("no position predicts a label: every label after the first token is -100")
@@ -41,7 +54,7 @@ def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = 
     if model not in _CHANGES_LOGITS:
         first = model not in _KEEPS_LOGITS
         generators = (torch.get_rng_state(), *get_device_states(input_ids)) if first else None
-        hidden, sent, logits = _hidden_states(model, head, input_ids)
+        hidden, sent, logits = _hidden_states(model, head, inputs)
         if _unchanged(logits, sent, first):
             _KEEPS_LOGITS.add(model)
             return head_cross_entropy(head, hidden.flatten(0, 1)[rows], targets, sent.numel())
@@ -51,7 +64,7 @@ def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = 
         if generators is not None:
             torch.set_rng_state(generators[0])
             set_device_states(*generators[1:])
-    logits = _logits(model, head, input_ids, lambda hidden: hidden.flatten(0, 1)[rows]).squeeze(0)
+    logits = _logits(model, head, inputs, lambda hidden: hidden.flatten(0, 1)[rows]).squeeze(0)
     return head_cross_entropy(nn.Identity(), logits, targets, logits.shape[-1])
 
 
@@ -86,7 +99,7 @@ def _head_of(model: nn.Module) -> nn.Module:
     return head
 
 
-def _hidden_states(model: nn.Module, head: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _hidden_states(model: nn.Module, head: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Run the model for its head's input [B, T, K]; and the logits that a probe sent and that the model returned.
 
     The head runs on one row, and the probe takes the place of its result: logits over a range beyond those of any
@@ -102,7 +115,7 @@ def _hidden_states(model: nn.Module, head: nn.Module, input_ids: Tensor) -> tupl
         seen.append(torch.linspace(-1000, 1000, logits.shape[-1], dtype=logits.dtype, device=logits.device))
         return seen[-1].clone().view(1, 1, -1)
 
-    logits = _logits(model, head, input_ids, keep_all_pass_one, probe)
+    logits = _logits(model, head, inputs, keep_all_pass_one, probe)
     hidden, sent = seen
     return hidden, sent, logits
 
@@ -110,7 +123,7 @@ def _hidden_states(model: nn.Module, head: nn.Module, input_ids: Tensor) -> tupl
 def _logits(
     model: nn.Module,
     head: nn.Module,
-    input_ids: Tensor,
+    inputs: dict[str, Tensor],
     rows_of: Callable[[Tensor], Tensor],
     replace: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -126,7 +139,7 @@ def _logits(
     if replace is not None:
         hooks.append(head.register_forward_hook(lambda module, args, logits: replace(logits)))
     try:
-        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+        logits: Tensor = model(**inputs, use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import make
 from torch import nn
-from transformers import StaticCache
+from transformers import DataCollatorWithFlattening, StaticCache
 
 from entrenar import Tape, fuse, wrap
 from entrenar.fusion import FusedAttention, FusedMLP, FusedRMSNorm
@@ -77,6 +77,39 @@ def test_sliding_window_reaches_the_attention():
     fused, plain, report = twins("mistral", sliding_window=4)
     assert report.kept == {}
     assert_same_training(fused, plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_sequences_packed_by_transformers_are_kept_apart(family):
+    """Its collator hands over the bounds of the sequences, which the fused attention takes, and positions, of which
+    transformers makes the mask for its own."""
+    fused, plain, _ = twins(family)
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch = collator([{"input_ids": list(range(3, 3 + length))} for length in (18, 1, 7)])
+    batch = {name: x.to(ids().device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    found, expected = (model(**batch, use_cache=False) for model in (fused, plain))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "reason"),
+    [
+        ("llama", {"attention_dropout": 0.5}, "here they are 0.5 and None tokens"),
+        ("mistral", {"sliding_window": 4}, "here they are 0.0 and 4 tokens, of sequences of up to 5"),
+        (
+            "qwen2",
+            {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1},
+            "here they are 0.0 and 4 tokens",
+        ),
+    ],
+)
+def test_packed_sequences_that_need_a_mask_are_refused(family, settings, reason):
+    fused, _, report = twins(family, **settings)
+    assert report.kept == {}
+    offsets = torch.tensor([0, 5, 9], device="cpu")
+    with pytest.raises(ValueError, match=reason):
+        fused(ids()[:1, :9], cu_seq_lens_q=offsets, use_cache=False)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
