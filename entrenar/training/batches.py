@@ -52,21 +52,25 @@ def pack(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
     return input_ids, labels, torch.tensor([0, *itertools.accumulate(lengths)], device="cpu")
 
 
-def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_batches(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, packed: bool = False
+) -> list[list[int]]:
     """Return one epoch's batches as lists of indices into `lengths`, each index once.
 
-    Examples are shuffled, sorted by length within pools of 32 batches, so that a batch pads little, and the batches
-    shuffled again. The order depends on the arguments alone: resuming needs no more than the number of the step.
+    Examples are shuffled. Unless they are packed, they are then sorted by length within pools of 32 batches, so that a
+    batch pads little, and the batches shuffled again. The order depends on the arguments alone: resuming needs no more
+    than the number of the step.
     """
     rng = random.Random(f"{seed}/{epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
-    pool = 32 * batch_size
-    order = [
-        index
-        for start in range(0, len(order), pool)
-        for index in sorted(order[start : start + pool], key=lengths.__getitem__)
-    ]
+    if not packed:
+        pool = 32 * batch_size
+        order = [
+            index
+            for start in range(0, len(order), pool)
+            for index in sorted(order[start : start + pool], key=lengths.__getitem__)
+        ]
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rng.shuffle(batches)
     return batches

@@ -85,9 +85,11 @@ def finetune(
     optimizer = OPTIMIZERS[config.optimizer](
         parameters.values(), lr=config.lr, weight_decay=config.weight_decay, max_norm=config.clip_norm
     )
-    plan = Plan(train, config)
+    packed = packs(model, max(len(example.input_ids) for example in train))
+    watcher.say(f"the examples of a batch are {'packed into one row' if packed else 'padded to the longest'}")
+    plan = Plan(train, config, packed)
     schedule = CosineScheduler(config.lr, config.lr / 10, plan.total_steps, int(config.warmup * plan.total_steps))
-    identity = fingerprint(model, train, heldout, asdict(config))
+    identity = fingerprint(model, train, heldout, {**asdict(config), "packed": packed})
 
     if resume:
         state = load_checkpoint(out / CHECKPOINT, model, optimizer, identity)
@@ -98,7 +100,6 @@ def finetune(
         watcher.say(f"held-out loss before: {state.heldout_losses[0]:.4f} ({len(heldout)} examples)")
         state.samples_before = sample_answers(model, tokenizer, heldout)
 
-    packed = packs(model, max(len(example.input_ids) for example in train))
     model.train()
     if config.recompute:
         _recompute_activations(model)

@@ -11,15 +11,20 @@ from entrenar.training.config import FinetuneConfig
 
 
 class Plan:
-    """The batches of every step: a function of the examples' lengths and the configuration, without state."""
+    """The batches of every step: a function of the examples' lengths and the configuration, without state.
 
-    def __init__(self, examples: Sequence[Example], config: FinetuneConfig) -> None:
+    Examples that are packed come in any order; others in batches of about one length.
+    """
+
+    def __init__(self, examples: Sequence[Example], config: FinetuneConfig, packed: bool) -> None:
         lengths = [len(example.input_ids) for example in examples]
         self.steps_per_epoch = math.ceil(math.ceil(len(examples) / config.batch_size) / config.accumulation)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
         self._accumulation = config.accumulation
         # Consecutive steps ask for the same epoch.
-        self._epoch = lru_cache(maxsize=1)(lambda epoch: epoch_batches(lengths, config.batch_size, config.seed, epoch))
+        self._epoch = lru_cache(maxsize=1)(
+            lambda epoch: epoch_batches(lengths, config.batch_size, config.seed, epoch, packed)
+        )
 
     def batches(self, step: int) -> list[list[int]]:
         """Return the batches of a step (counted from 1), as lists of indices of examples."""

@@ -147,8 +147,8 @@ def _random_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_fingerprint(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    # Older checkpoints do not say the fit; the base model's digest tells.
-    saved = {"fit": current.get("fit"), **saved}
+    # Older checkpoints do not say the fit, but the base model's digest tells; and they are of padded batches.
+    saved = {"fit": current.get("fit"), "packed": False, **saved}
     differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
     if not differing:
         return

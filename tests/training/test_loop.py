@@ -185,7 +185,7 @@ def test_gradients_are_clipped_and_their_norm_before_that_is_logged(tmp_path: Pa
     watcher.step = read_checkpoint_of_step_1  # type: ignore[method-assign]
     finetune(add_adapters(make_model()), TOKENIZER, TRAIN, HELDOUT, config, tmp_path, watcher=watcher)
     model = add_adapters(make_model()).train()
-    (batch,) = Plan(TRAIN, config).batches(1)
+    (batch,) = Plan(TRAIN, config, packed=True).batches(1)
     causal_lm_loss(model, *collate([TRAIN[index] for index in batch])).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
     assert norm > 1e-3

@@ -233,10 +233,10 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return seen
 
 
-def run(out: Path, fuse: bool = True) -> nn.Module:
+def run(out: Path, fuse: bool = True, batch_size: int = 5) -> nn.Module:
     model = make_model()
     wrap(model, rank=4, alpha=8, fuse=fuse)
-    config = FinetuneConfig(epochs=2, batch_size=5, accumulation=2, lr=1e-2)
+    config = FinetuneConfig(epochs=2, batch_size=batch_size, lr=1e-2)
     finetune(model, TOKENIZER, TRAIN, HELDOUT, config, out, watcher=Nobody())
     return model
 
@@ -253,9 +253,10 @@ def test_a_run_of_another_model_is_padded(tmp_path: Path, shapes: list[list[int]
 
 
 def test_a_packed_run_trains_the_adapter_of_a_padded_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = run(tmp_path / "packed")
+    """With all examples in a batch, in whatever order."""
+    packed = run(tmp_path / "packed", batch_size=len(TRAIN))
     monkeypatch.setattr("entrenar.training.loop.packs", lambda model, longest: False)
-    padded = run(tmp_path / "padded")
+    padded = run(tmp_path / "padded", batch_size=len(TRAIN))
     for name, parameter in packed.named_parameters():
         torch.testing.assert_close(parameter, padded.get_parameter(name), rtol=1e-4, atol=1e-5)
 

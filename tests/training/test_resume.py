@@ -118,7 +118,7 @@ def make_run(seed: int = 0) -> Run:
     return model, optimizer
 
 
-FINGERPRINT: dict[str, Any] = {"lr": 0.01, "base model": "0123456789", "adapter a": [4, 8.0]}
+FINGERPRINT: dict[str, Any] = {"lr": 0.01, "base model": "0123456789", "adapter a": [4, 8.0], "packed": False}
 
 
 def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_another_run_is_refused_and_the_differences_named(tmp_path: Path) -> Non
     save_checkpoint(path, model, optimizer, RunState(), FINGERPRINT)
     load_checkpoint(path, model, optimizer, {**FINGERPRINT, "fit": "mse"})  # one that was saved before fits were
     save_checkpoint(path, model, optimizer, RunState(), {**FINGERPRINT, "fit": "absmax"})
-    changed = {"fit": "mse", "lr": 0.02, "base model": "9876543210", "adapter b": [4, 8.0]}
+    changed = {"fit": "mse", "lr": 0.02, "base model": "9876543210", "adapter b": [4, 8.0], "packed": False}
     with pytest.raises(ResumeError) as caught:
         load_checkpoint(path, model, optimizer, changed)
     for difference in (
@@ -155,6 +155,16 @@ def test_another_run_is_refused_and_the_differences_named(tmp_path: Path) -> Non
         "adapter b (absent then, [4, 8.0] now)",
     ):
         assert difference in str(caught.value)
+
+
+def test_a_checkpoint_from_before_examples_were_packed_is_one_of_padded_batches(tmp_path: Path) -> None:
+    path = tmp_path / CHECKPOINT
+    model, optimizer = make_run()
+    older = {name: value for name, value in FINGERPRINT.items() if name != "packed"}
+    save_checkpoint(path, model, optimizer, RunState(), older)
+    load_checkpoint(path, model, optimizer, FINGERPRINT)
+    with pytest.raises(ResumeError, match=r"packed \(False then, True now\)"):
+        load_checkpoint(path, model, optimizer, {**FINGERPRINT, "packed": True})
 
 
 def test_a_base_of_another_fit_is_another_run() -> None:
