@@ -99,7 +99,7 @@ class FusedAttention(nn.Module):
                 i-th from cu_seq_lens_q[i] up to cu_seq_lens_q[i + 1]. A token sees the earlier ones of its sequence,
                 and the mask is not looked at.
 
-        Raises ValueError for such sequences where `packs` says that they are not taken.
+        Raises ValueError for packed sequences that `packs` says are not taken.
         """
         q, k, v = (
             x.view(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)
@@ -133,10 +133,10 @@ class FusedAttention(nn.Module):
         return attention(q, k, v, mask, dropout, causal, scale=self.scale, enable_gqa=True)
 
     def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
-        longest = int(offsets.diff().max())
+        longest = 0 if self.window is None else int(offsets.diff().max())
         if not self.packs(longest):
             raise ValueError(
-                f"attention to packed sequences has no dropout and no window; here they are {self.dropout} and "
-                f"{self.window} tokens, of sequences of up to {longest}: pad them instead"
+                "attention to packed sequences has no dropout, and no window that is shorter than one of them; here "
+                f"they are {self.dropout} and {self.window}: pad the sequences instead"
             )
         return packed_attention(q, k, v, offsets, scale=self.scale)
