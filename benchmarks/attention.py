@@ -1,7 +1,8 @@
 """Our causal attention beside torch's, forward and backward each, at the head sizes of SmolLM2-135M: 9 heads of 64
 columns that share 3 heads of keys, seen in the projections' memory.
 
-times_ours is torch's time over ours.
+times_ours is torch's time over ours; floor_ms what the products under the diagonal, or the bytes, take at least on this
+machine, and of_floor its fraction of our time.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import interleaved, print_table, ratio, refuse_if_red, write
+from benchmarks.harness import Floor, Work, floor, interleaved, print_table, ratio, refuse_if_red, write
 from entrenar.autograd import ops
 
 TESTS = ("tests/autograd/test_attention.py",)
@@ -23,7 +25,17 @@ HEADS, KV_HEADS, HEAD = 9, 3, 64
 SIZES = ((4, 256), (1, 1024), (4, 1024))
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
+def work(batch: int, tokens: int, dtype: torch.dtype, *, backward: bool) -> Work:
+    """Two products of every query with the keys up to its own; backward, the four of their gradients."""
+    outer, inner = (dtype.itemsize * batch * tokens * heads * HEAD for heads in (HEADS, KV_HEADS))
+    product = batch * HEADS * HEAD * tokens * (tokens + 1)
+    name = str(dtype).removeprefix("torch.")
+    if backward:
+        return Work(2 * outer + 2 * inner, outer + 2 * inner, 4 * product, name)
+    return Work(outer + 2 * inner, outer, 2 * product, name)
+
+
+def measure(rounds: int, machine: Floor) -> list[dict[str, Any]]:
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         for batch, tokens in SIZES:
@@ -48,6 +60,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
             }
             for step, calls in steps.items():
                 seconds = interleaved(calls, rounds)
+                least = work(batch, tokens, dtype, backward=step == "backward")
                 rows.append(
                     {
                         "dtype": str(dtype).removeprefix("torch."),
@@ -57,6 +70,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
                         "ours_ms": round(1e3 * statistics.median(seconds["ours"]), 3),
                         "torch_ms": round(1e3 * statistics.median(seconds["torch"]), 3),
                         "times_ours": round(ratio(seconds["torch"], seconds["ours"]), 3),
+                        **machine.columns(least, seconds["ours"]),
                     }
                 )
     return rows
@@ -68,9 +82,10 @@ def main() -> None:
     arguments = parser.parse_args()
     refuse_if_red(*TESTS)
     torch.manual_seed(0)
-    rows = measure(arguments.rounds)
+    machine = floor()
+    rows = measure(arguments.rounds, machine)
     print_table(rows)
-    write("attention", {"rows": rows})
+    write("attention", {"rows": rows, "floor": asdict(machine)})
 
 
 if __name__ == "__main__":

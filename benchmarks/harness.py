@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -72,18 +73,66 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
-def floor() -> dict[str, float]:
-    """What the machine can do: reading memory past its caches, and torch's product of large bfloat16 matrices."""
+@dataclass(frozen=True)
+class Work:
+    """What a problem takes, however it is solved: bytes, each read and written once, and operations of its products."""
+
+    read: float
+    written: float
+    operations: float = 0
+    dtype: str = "float32"  # of the products' operands
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What the machine can do at best."""
+
+    read_gb_per_second: float
+    moved_gb_per_second: float  # read and written, about as much of the one as of the other
+    float32_gflop_per_second: float
+    bfloat16_gflop_per_second: float
+
+    def milliseconds(self, work: Work) -> float:
+        """The least time that the work takes: of its bytes or of its operations, whichever is longer."""
+        rate = getattr(self, f"{work.dtype}_gflop_per_second")
+        bounds = (
+            work.read / self.read_gb_per_second,
+            (work.read + work.written) / self.moved_gb_per_second,
+            work.operations / rate,
+        )
+        return max(bounds) / 1e6
+
+    def columns(self, work: Work, seconds: Sequence[float]) -> dict[str, float]:
+        """For a row of results: the least time, and its fraction of the median of these seconds."""
+        least = self.milliseconds(work)
+        return {"floor_ms": round(least, 4), "of_floor": round(least / 1e3 / statistics.median(seconds), 3)}
+
+
+def floor() -> Floor:
+    """Measure it by torch: a matrix times a vector, past the caches; a step of fused SGD, past them; large products."""
     import torch
 
-    big = torch.ones(256 * 2**20)
-    a, b = torch.randn(2048, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16()
-    read = min(interleaved({"": big.sum}, 10)[""])
-    multiply = min(interleaved({"": lambda: a @ b}, 10)[""])
-    return {
-        "read_gb_per_second": round(big.nbytes / read / 1e9, 1),
-        "bfloat16_gflop_per_second": round(2 * a.shape[0] * b.numel() / multiply / 1e9, 1),
-    }
+    from entrenar.autograd.ops._product import multiplies_fast
+
+    big, vector = torch.ones(16384, 4096), torch.ones(4096)
+    read = min(interleaved({"": lambda: big @ vector}, 10)[""])
+    # It reads parameter, gradient and momentum, and writes two of them: no plain operation has as many streams at once.
+    param = torch.nn.Parameter(big)
+    param.grad = torch.ones_like(big)
+    move = min(interleaved({"": torch.optim.SGD([param], momentum=0.9, fused=True).step}, 10)[""])
+
+    def rate(dtype: torch.dtype) -> float:
+        a, b = (torch.randn(rows, 4096).to(dtype) for rows in (2048, 4096))
+        if not multiplies_fast(dtype, a.device):
+            return rate(torch.float32)  # to which it is converted first
+        return 2 * a.shape[0] * b.numel() / min(interleaved({"": lambda: a @ b}, 10)[""]) / 1e9
+
+    return Floor(
+        read_gb_per_second=round(big.nbytes / read / 1e9, 1),
+        moved_gb_per_second=round(5 * big.nbytes / move / 1e9, 1),
+        float32_gflop_per_second=round(rate(torch.float32), 1),
+        bfloat16_gflop_per_second=round(rate(torch.bfloat16), 1),
+    )
 
 
 def circumstances() -> dict[str, Any]:

@@ -6,14 +6,20 @@ of rank 16: `int4_lora_linear`, and the same adapter in plain torch beside the d
 
 Few rows are what generating text takes: forwards go through copies of the weight that together exceed the caches, one
 call after the other.
+
+times_ours is the contender's time over ours; floor_ms what the product with a 4-bit weight takes at least on this
+machine, in the row's dtype, and of_floor its fraction of the contender's time. Products of int8 activations are held to
+the same floor, though their rate is another.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,7 +27,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import floor, interleaved, print_table, ratio, refuse_if_red, rotated, write
+from benchmarks.harness import Floor, Work, floor, interleaved, print_table, ratio, refuse_if_red, rotated, write
 from benchmarks.peers import Int4Pack, linear4bit
 from entrenar.autograd.ops import int4_dequantize, int4_linear, int4_lora_linear, int4_quantize
 
@@ -113,7 +119,25 @@ def forward_and_backward(product: Product, x: Tensor, dy: Tensor) -> Callable[[]
     return run
 
 
-def measure(size: int, batch_sizes: list[int], rounds: int) -> list[dict[str, Any]]:
+def work(m: int, columns: int, sizes: Sequence[int], dtype: torch.dtype, *, rank: int = 0, backward: bool) -> Work:
+    """What products of one input [m, columns] with frozen 4-bit weights [n, columns], n of `sizes`, take.
+
+    And their adapters, if they have a rank; backward, gradients of the input and of the adapters.
+    """
+    n = sum(sizes)
+    weight = n * math.ceil(columns / 64) * 34  # a block is 64 codes and a float16
+    adapter = rank * (len(sizes) * columns + n)
+    activations = [dtype.itemsize * m * width for width in (columns, n)]
+    product, narrow = 2 * m * n * columns, 2 * m * adapter
+    read, written, operations = weight + 4 * adapter + activations[0], activations[1], product + narrow
+    if backward:
+        # The upstream gradient is as large as the output, the input's as the input; all but the weight has a gradient.
+        read, written = read + activations[1], written + activations[0] + 4 * adapter
+        operations += product + 2 * narrow
+    return Work(read, written, operations, str(dtype).removeprefix("torch."))
+
+
+def measure(size: int, batch_sizes: list[int], rounds: int, machine: Floor) -> list[dict[str, Any]]:
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         weights = layers(size, dtype)
@@ -131,6 +155,8 @@ def measure(size: int, batch_sizes: list[int], rounds: int) -> list[dict[str, An
                 steps = {name: forward_and_backward(p, x.clone(), dy) for name, p in both.items()}
                 for direction, seconds in {"forward": alone, "forward + backward": interleaved(steps, fewer)}.items():
                     ours = seconds[next(iter(products))]
+                    rank = RANK if group == "lora" else 0
+                    least = work(m, size, [size], dtype, rank=rank, backward=direction != "forward")
                     rows += [
                         {
                             "dtype": str(dtype).removeprefix("torch."),
@@ -140,6 +166,7 @@ def measure(size: int, batch_sizes: list[int], rounds: int) -> list[dict[str, An
                             "median_ms": round(1e3 * statistics.median(times), 4),
                             "min_ms": round(1e3 * min(times), 4),
                             "times_ours": round(ratio(times, ours), 3),
+                            **machine.columns(least, times),
                         }
                         for name, times in seconds.items()
                     ]
@@ -154,9 +181,10 @@ def main() -> None:
     arguments = parser.parse_args()
     refuse_if_red(TESTS)
     torch.manual_seed(0)
-    rows = measure(arguments.size, arguments.batch_sizes, arguments.rounds)
+    machine = floor()
+    rows = measure(arguments.size, arguments.batch_sizes, arguments.rounds, machine)
     print_table(rows)
-    write("int4_linear", {"size": arguments.size, "rank": RANK, "rows": rows, "floor": floor()})
+    write("int4_linear", {"size": arguments.size, "rank": RANK, "rows": rows, "floor": asdict(machine)})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The linear layers of SmolLM2-135M with adapters of rank 16, forward and backward, as they stand in a training step.
 
 Layers that share an input are applied together: queries, keys and values; gate and up. Beside ours: torch's dense
-bfloat16 product with the same adapter in plain torch. times_ours is the contender's time over ours.
+bfloat16 product with the same adapter in plain torch. times_ours is the contender's time over ours; floor_ms what the
+layers take at least on this machine, and of_floor its fraction of the contender's time.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import floor, interleaved, print_table, ratio, refuse_if_red, write
+from benchmarks.harness import Floor, floor, interleaved, print_table, ratio, refuse_if_red, write
+from benchmarks.int4_linear import work
 from entrenar.lora.layers import QLoRALayer, apply_together
 
 TESTS = ("tests/autograd/test_ops.py", "tests/autograd/test_int4_lora_linears.py", "tests/lora")
@@ -50,7 +53,7 @@ def contenders(columns: int, sizes: tuple[int, ...]) -> dict[str, Callable[[Tens
     }
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
+def measure(rounds: int, machine: Floor) -> list[dict[str, Any]]:
     rows = []
     for name, (columns, sizes) in LAYERS.items():
         x = torch.randn(ROWS, columns, dtype=torch.bfloat16, requires_grad=True)
@@ -61,6 +64,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 
         calls = {who: lambda apply=apply: step(apply) for who, apply in contenders(columns, sizes).items()}
         seconds = interleaved(calls, rounds)
+        least = work(ROWS, columns, sizes, torch.bfloat16, rank=RANK, backward=True)
         rows += [
             {
                 "layers": name,
@@ -68,6 +72,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
                 "median_ms": round(1e3 * statistics.median(times), 3),
                 "min_ms": round(1e3 * min(times), 3),
                 "times_ours": round(ratio(times, seconds["ours"]), 3),
+                **machine.columns(least, times),
             }
             for who, times in seconds.items()
         ]
@@ -80,9 +85,10 @@ def main() -> None:
     arguments = parser.parse_args()
     refuse_if_red(*TESTS)
     torch.manual_seed(0)
-    rows = measure(arguments.rounds)
+    machine = floor()
+    rows = measure(arguments.rounds, machine)
     print_table(rows)
-    write("layers", {"rows_of_x": ROWS, "rank": RANK, "rows": rows, "floor": floor()})
+    write("layers", {"rows_of_x": ROWS, "rank": RANK, "rows": rows, "floor": asdict(machine)})
 
 
 if __name__ == "__main__":

@@ -57,6 +57,17 @@ def prepare(name: str, directory: Path, batches: int, batch_size: int, length: i
     (directory / "tokens.json").write_text(json.dumps(tokens.view(batches, batch_size, length).tolist()))
 
 
+def operations(directory: Path, batch_size: int, length: int, rank: int) -> int:
+    """Those of a training step's products: two of each frozen weight, three of an adapter's, and attention."""
+    config = LlamaConfig.from_pretrained(directory)
+    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    shapes = [(queries, width), (keys, width), (keys, width), (width, queries)]
+    shapes += [(inner, width), (inner, width), (width, inner)]
+    layer = sum(4 * n * k + 6 * rank * (n + k) for n, k in shapes) + 6 * queries * (length + 1)
+    return batch_size * length * (config.num_hidden_layers * layer + 4 * config.vocab_size * width)
+
+
 def load_tokens(directory: Path) -> torch.Tensor:
     """The token batches that `prepare` wrote, int64 [batches, batch_size, length]."""
     return torch.tensor(json.loads((directory / "tokens.json").read_text()))

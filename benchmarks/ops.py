@@ -1,27 +1,39 @@
 """Our differentiable operations beside torch's, at the shapes of a training step of SmolLM2-135M (4 x 256 tokens); and
 what a tape costs around that step.
 
-Each row is one operation, forward and backward together; times_ours is torch's time over ours.
+Each row is one operation, forward and backward together; times_ours is torch's time over ours. floor_ms is what its
+products, or its bytes, take at least on this machine, and of_floor its fraction of our time.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.harness import interleaved, print_table, ratio, refuse_if_red, write
+from benchmarks.harness import Floor, Work, floor, interleaved, print_table, ratio, refuse_if_red, write
 from entrenar.autograd import ops
 
 TESTS = ("tests/autograd",)
 EPS = 1e-5
 BATCH, TOKENS, WIDTH, INNER, HEADS, KV_HEADS, HEAD, CLASSES = 4, 256, 576, 1536, 9, 3, 64, 49152
+
+
+# Of the products, forward and backward. Of attention's only what lies under the diagonal, and a frozen weight has no
+# gradient.
+OPERATIONS = {
+    "linear": 6 * BATCH * TOKENS * WIDTH * INNER,
+    "matmul": 6 * BATCH * HEADS * TOKENS * TOKENS * HEAD,
+    "attention, causal": 6 * BATCH * HEADS * TOKENS * (TOKENS + 1) * HEAD,
+    "linear_cross_entropy, frozen weight": 4 * BATCH * TOKENS * WIDTH * CLASSES,
+}
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -89,7 +101,13 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], Callable[..
     }
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
+def work(name: str, arguments: Sequence[Tensor], dy: Any) -> Work:
+    """All arguments and the output's gradient are read; the output and the arguments' gradients, as large, written."""
+    moved = sum(x.nbytes for x in [*arguments, *tree_leaves(dy)])
+    return Work(moved, moved, OPERATIONS.get(name, 0), str(arguments[0].dtype).removeprefix("torch."))
+
+
+def measure(rounds: int, machine: Floor) -> list[dict[str, Any]]:
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         for name, (ours, theirs, arguments) in pairs(dtype).items():
@@ -107,6 +125,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
                     "ours_ms": round(1e3 * statistics.median(seconds["ours"]), 4),
                     "torch_ms": round(1e3 * statistics.median(seconds["torch"]), 4),
                     "times_ours": round(ratio(seconds["torch"], seconds["ours"]), 3),
+                    **machine.columns(work(name, leaves, dy), seconds["ours"]),
                 }
             )
     return rows
@@ -140,11 +159,12 @@ def main() -> None:
     arguments = parser.parse_args()
     refuse_if_red(*TESTS)
     torch.manual_seed(0)
-    rows = measure(arguments.rounds)
+    machine = floor()
+    rows = measure(arguments.rounds, machine)
     print_table(rows)
     tape = measure_tape(max(2, arguments.rounds // 10))
     print(tape)
-    write("ops", {"rows": rows, "tape_seconds": tape})
+    write("ops", {"rows": rows, "tape_seconds": tape, "floor": asdict(machine)})
 
 
 if __name__ == "__main__":

@@ -1,20 +1,24 @@
 """A step of the optimizers, beside torch's fused ones and bitsandbytes': one large tensor, and the 420 of a LoRA.
 
 times_ours is the time over that of our optimizer of the same rule with states of as many bits, the first row of a kind.
-The bytes of states are counted after the steps.
+The bytes of states are counted after the steps. floor_ms is what it takes at least on this machine to read and write
+the parameters and the states of ours, and to read the gradients, twice where their norm must be known first; of_floor
+is its fraction of the contender's time.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import bitsandbytes.optim as bnb
 import torch
 
-from benchmarks.harness import interleaved, print_table, ratio, refuse_if_red, write
+from benchmarks.harness import Floor, Work, floor, interleaved, print_table, ratio, refuse_if_red, write
 from entrenar import optim
 
 TESTS = ("tests/optim",)
@@ -70,11 +74,18 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> float:
     return sum(tensor.nbytes for tensor in tensors) / elements
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
+def work(elements: int, states: float, *, clipped: bool) -> Work:
+    """A step of float32 parameters with so many bytes of states each."""
+    return Work(elements * (4 + states + (8 if clipped else 4)), elements * (4 + states))
+
+
+def measure(rounds: int, machine: Floor) -> list[dict[str, Any]]:
     rows = []
     for title, shapes in SHAPES.items():
         made = contenders(shapes)
+        elements = sum(math.prod(shape) for shape in shapes)
         seconds = interleaved({name: step for name, (_, _, step) in made.items()}, rounds)
+        states = {name: state_bytes(optimizer) for name, (_, optimizer, _) in made.items()}
         rows += [
             {
                 "tensors": title,
@@ -82,9 +93,10 @@ def measure(rounds: int) -> list[dict[str, Any]]:
                 "median_ms": round(1e3 * statistics.median(seconds[name]), 3),
                 "min_ms": round(1e3 * min(seconds[name]), 3),
                 "times_ours": round(ratio(seconds[name], seconds[ours]), 2),
-                "state_bytes": round(state_bytes(optimizer), 3),
+                "state_bytes": round(states[name], 3),
+                **machine.columns(work(elements, states[ours], clipped="clipped" in ours), seconds[name]),
             }
-            for name, (ours, optimizer, _) in made.items()
+            for name, (ours, _, _) in made.items()
         ]
     return rows
 
@@ -95,9 +107,10 @@ def main() -> None:
     arguments = parser.parse_args()
     refuse_if_red(*TESTS)
     torch.manual_seed(0)
-    rows = measure(arguments.rounds)
+    machine = floor()
+    rows = measure(arguments.rounds, machine)
     print_table(rows)
-    write("optimizers", {"rows": rows})
+    write("optimizers", {"rows": rows, "floor": asdict(machine)})
 
 
 if __name__ == "__main__":

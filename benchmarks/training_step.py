@@ -3,7 +3,9 @@
 Rank 16 on all linear layers, loss on every token, gradient clipping, AdamW (the peer's is torch's fused one). Both
 load the same bfloat16 checkpoint. Each run has a process of its own; the sides take turns. Each is as it is installed,
 and with malloc told to keep freed memory, which `entrenar finetune` does for itself. Peaks are the process's resident
-set: over its whole life (loading included), and from the first step on.
+set: over its whole life (loading included), and from the first step on. floor_ms is what the products of a step take at
+least on this machine, in bfloat16, and of_floor its fraction of a step's time. Neither activations computed anew count,
+nor bytes, which take less.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT, floor, print_table, refuse_if_red, write
+from benchmarks.harness import ROOT, Floor, Work, floor, print_table, refuse_if_red, write
 
 TESTS = ("tests/autograd", "tests/fusion", "tests/lora", "tests/optim")
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
@@ -103,7 +105,7 @@ def peak_bytes() -> int:
 
 def run_side(side: str, directory: Path) -> dict[str, Any]:
     """Load, take one step to warm up and then the timed ones; in the process that is measured."""
-    from benchmarks.models import load_tokens
+    from benchmarks.models import load_tokens, operations
 
     tokens = load_tokens(directory)
     sides = {"ours": ours, "ours int8": functools.partial(ours, activations="int8"), "peers": peers}
@@ -120,6 +122,7 @@ def run_side(side: str, directory: Path) -> dict[str, Any]:
         "load_seconds": load_seconds,
         "step_seconds": seconds[1:],
         "losses": losses,
+        "operations": operations(directory, *tokens.shape[1:], RANK),
         "peak_bytes": max(peak_loading, peak_training),
         "peak_bytes_training": peak_training,
     }
@@ -150,7 +153,7 @@ WORKLOADS = (
 )
 
 
-def measure(workload: Workload, rounds: int, steps: int) -> list[dict[str, Any]]:
+def measure(workload: Workload, rounds: int, steps: int, machine: Floor) -> list[dict[str, Any]]:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory() as directory:
         sizes = [str(size) for size in (steps + 1, workload.batch_size, workload.length)]
@@ -162,15 +165,19 @@ def measure(workload: Workload, rounds: int, steps: int) -> list[dict[str, Any]]
                 print(
                     f"{workload}, {name}: {statistics.median(runs[name][-1]['step_seconds']):.3f} s a step", flush=True
                 )
-    return [{"workload": str(workload), "side": name, **summary(workload, results)} for name, results in runs.items()]
+    return [
+        {"workload": str(workload), "side": name, **summary(workload, results, machine)}
+        for name, results in runs.items()
+    ]
 
 
-def summary(workload: Workload, results: list[dict[str, Any]]) -> dict[str, float]:
+def summary(workload: Workload, results: list[dict[str, Any]], machine: Floor) -> dict[str, float]:
     seconds = [second for result in results for second in result["step_seconds"]]
     tokens = workload.batch_size * workload.length
     return {
         "tokens_per_second": round(tokens / statistics.median(seconds), 1),
         "best_tokens_per_second": round(tokens / min(seconds), 1),
+        **machine.columns(Work(0, 0, results[0]["operations"], "bfloat16"), seconds),
         "peak_gb": round(statistics.median(result["peak_bytes"] for result in results) / 1e9, 3),
         "peak_gb_training": round(statistics.median(r["peak_bytes_training"] for r in results) / 1e9, 3),
         "load_seconds": round(statistics.median(result["load_seconds"] for result in results), 2),
@@ -211,11 +218,14 @@ def main() -> None:
         print(json.dumps(run_side(side, Path(directory))))
         return
     refuse_if_red(*TESTS)
-    rows = [row for i in arguments.workloads for row in measure(WORKLOADS[i], arguments.rounds, arguments.steps)]
+    machine = floor()
+    rows = [
+        row for i in arguments.workloads for row in measure(WORKLOADS[i], arguments.rounds, arguments.steps, machine)
+    ]
     print_table(rows)
     compared = ratios(rows)
     print_table(compared)
-    write("training_step", {"rank": RANK, "alpha": ALPHA, "rows": rows, "ratios": compared, "floor": floor()})
+    write("training_step", {"rank": RANK, "alpha": ALPHA, "rows": rows, "ratios": compared, "floor": asdict(machine)})
 
 
 if __name__ == "__main__":
