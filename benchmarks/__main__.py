@@ -8,6 +8,7 @@ for name in (
     "quantization_error",
     "quantize",
     "int4_linear",
+    "avx2",
     "layers",
     "attention",
     "ops",

@@ -137,11 +137,14 @@ def work(m: int, columns: int, sizes: Sequence[int], dtype: torch.dtype, *, rank
     return Work(read, written, operations, str(dtype).removeprefix("torch."))
 
 
-def measure(size: int, batch_sizes: list[int], rounds: int, machine: Floor) -> list[dict[str, Any]]:
+def measure(
+    size: int, batch_sizes: list[int], rounds: int, machine: Floor, dtypes: Sequence[torch.dtype]
+) -> list[dict[str, Any]]:
     rows = []
-    for dtype in (torch.bfloat16, torch.float32):
+    count = COPIES if min(batch_sizes) <= FEW else 1
+    for dtype in dtypes:
         weights = layers(size, dtype)
-        copies = [contenders(*weights), *(contenders(*deepcopy(weights)) for _ in range(1, COPIES))]
+        copies = [contenders(*weights), *(contenders(*deepcopy(weights)) for _ in range(1, count))]
         for group, products in copies[0].items():
             for m in batch_sizes:
                 x, dy = torch.randn(m, size, dtype=dtype), torch.randn(m, size, dtype=dtype)
@@ -182,7 +185,8 @@ def main() -> None:
     refuse_if_red(TESTS)
     torch.manual_seed(0)
     machine = floor()
-    rows = measure(arguments.size, arguments.batch_sizes, arguments.rounds, machine)
+    dtypes = (torch.bfloat16, torch.float32)
+    rows = measure(arguments.size, arguments.batch_sizes, arguments.rounds, machine, dtypes)
     print_table(rows)
     write("int4_linear", {"size": arguments.size, "rank": RANK, "rows": rows, "floor": asdict(machine)})
 
