@@ -40,6 +40,7 @@ EIGHT_BITS = {
     "adamw": optim.AdamW8bit,
     "lion": optim.Lion8bit,
 }
+BOTH = [(kind, 32) for kind in KINDS] + [(kind, 8) for kind in EIGHT_BITS]
 
 
 def parameters(dtype: torch.dtype, seed: int = 0, shapes=SHAPES) -> list[torch.nn.Parameter]:

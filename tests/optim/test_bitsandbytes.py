@@ -20,9 +20,10 @@ def on_the_cpu(device):
     torch.set_default_device(None)
 
 
-# Its SGD has no dampening, its Adam no L2 penalty.
+# Its SGD has no dampening, and its Adam decays as AdamW does.
 SETTINGS = {
     "SGD": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.1},
+    "Adam": {"lr": 1e-3, "betas": (0.8, 0.99), "eps": 1e-8, "weight_decay": 0.0},
     "AdamW": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1},
     "Lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1},
 }
