@@ -7,18 +7,22 @@
 
 namespace entrenar {
 
+inline const int64_t* targets_of(const Tensor& target, const Tensor& x) {
+  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && target.is_contiguous() && target.dim() == 1 &&
+                      target.size(0) == x.size(0),
+                  "target must be int64, contiguous, with ", x.size(0), " elements");
+  check_device(target, "target", x);
+  return target.const_data_ptr<int64_t>();
+}
+
 inline CrossEntropy cross_entropy_of(const Tensor& logits, const Tensor& target, int64_t ignore_index) {
   CrossEntropy p = {};
   p.dtype = dtype_of(logits, "logits");
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be a contiguous matrix");
-  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && target.is_contiguous() && target.dim() == 1 &&
-                      target.size(0) == logits.size(0),
-                  "target must be int64, contiguous, with ", logits.size(0), " elements");
-  check_device(target, "target", logits);
+  p.targets = targets_of(target, logits);
   p.logits = logits.const_data_ptr();
   p.rows = logits.size(0);
   p.classes = logits.size(1);
-  p.targets = target.const_data_ptr<int64_t>();
   p.ignore_index = ignore_index;
   return p;
 }

@@ -6,17 +6,14 @@
 #include <algorithm>
 
 #include "dispatch.h"
+#include "targets.h"
 
 namespace entrenar {
 
 namespace {
 
 void compute(const CrossEntropy& p) {
-  for (int64_t row = 0; row < p.rows; row++) {
-    const int64_t value = p.targets[row];
-    STD_TORCH_CHECK(value == p.ignore_index || (value >= 0 && value < p.classes), "Target ", value,
-                    " is out of bounds: row ", row, " has ", p.classes, " classes");
-  }
+  check_targets(p.targets, p.rows, p.classes, p.ignore_index);
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.classes));
   torch::stable::parallel_for(0, p.rows, grain,
                               [&](int64_t begin, int64_t end) { kernels().cross_entropy(&p, begin, end); });

@@ -6,12 +6,6 @@
 
 namespace {
 
-#if defined(__AVX512BF16__)
-#define FOR_UNITS_OF(dtype, call) (dtype == kBFloat16 ? call<true> : call<false>)
-#else
-#define FOR_UNITS_OF(dtype, call) (call<false>)
-#endif
-
 int64_t attention_scratch_bytes() {
   return sizeof(BackwardScratch) > sizeof(ForwardScratch) ? sizeof(BackwardScratch) : sizeof(ForwardScratch);
 }

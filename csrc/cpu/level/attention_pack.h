@@ -1,9 +1,8 @@
-// Matrices of a head in the layouts that the product kernel reads. A unit is a float32, or a pair of bfloat16 that are
-// neighbours in the contraction.
+// Matrices of a head in the layouts that the product kernel reads.
 #pragma once
 
 #include "attention_block.h"
-#include "product.h"
+#include "probability.h"
 
 namespace {
 
@@ -16,8 +15,6 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-template <bool kPairs>
-constexpr int kUnit = Tile<kPairs>::kUnit;
 template <bool kPairs>
 constexpr int kBlockUnits = kBlock / kUnit<kPairs>;
 

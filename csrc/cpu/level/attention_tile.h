@@ -6,7 +6,7 @@
 
 #include "attention_pack.h"
 #include "elements.h"
-#include "math.h"
+#include "probability.h"
 
 namespace {
 
@@ -14,52 +14,6 @@ constexpr int kBlockVectors = kBlock / kLanes;
 // Queries of a strip: rows of the matrix registers, or a whole number of the microkernel's.
 constexpr int kStrip = kLanes == 8 ? 48 : 32;
 constexpr int kStrips = (kBlock + kStrip - 1) / kStrip;
-
-// How probabilities are computed, and how they become operands of the next products.
-template <bool kPairs>
-struct Probability;
-
-template <>
-struct Probability<false> {
-  static constexpr float kPerNat = 1;  // what a factor of e adds to a score
-
-  template <int kCount>
-  static void of(vfloat (&scores)[kCount]) {
-    for (int i = 0; i < kCount; i++) scores[i] = vexp_or_zero(scores[i]);
-  }
-
-  // Of the vectors of a row that make units, and of those in neighbouring rows, which lie kUnit apart.
-  static void store_units(uint32_t* to, const vfloat* vectors) { store(to, vectors[0]); }
-  static void store_row_units(uint32_t* to, const vfloat* rows) { store(to, rows[0]); }
-};
-
-#if defined(__AVX512BF16__)
-// The order of 16-bit elements 0, 16, 1, 17, ...
-inline __m512i interleaved() {
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
-}
-
-template <>
-struct Probability<true> {
-  static constexpr float kPerNat = 0x1.715476p+0f;
-
-  template <int kCount>
-  static __attribute__((always_inline)) void of(vfloat (&scores)[kCount]) {
-    vexp2_coarse(scores);
-  }
-
-  static __m512i rounded(vfloat first, vfloat second) {
-    return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-  }
-  static void store_units(uint32_t* to, const vfloat* vectors) {
-    _mm512_storeu_si512(to, rounded(vectors[0], vectors[1]));
-  }
-  static void store_row_units(uint32_t* to, const vfloat* rows) {
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(interleaved(), rounded(rows[0], rows[2])));
-  }
-};
-#endif
 
 // What a strip of queries and a tile of keys have to do with each other.
 struct Meeting {

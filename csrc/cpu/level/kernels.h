@@ -8,6 +8,7 @@
 #include "../../pointwise.h"
 #include "../../weight.h"
 #include "attention_block.h"
+#include "linear_cross_entropy_block.h"
 
 namespace entrenar {
 
@@ -101,6 +102,10 @@ struct Kernels {
   void (*attention_sum)(const float* parts, int64_t count, int64_t part_stride, float scale, Dtype dtype, int64_t keys,
                         int64_t columns, Rows out);
   void (*cross_entropy)(const CrossEntropy* p, int64_t row_begin, int64_t row_end);
+
+  // Rows [row_begin, row_end), for which the classes are packed anew, in scratch memory for as many rows.
+  void (*linear_cross_entropy)(const LinearCrossEntropy* p, int64_t row_begin, int64_t row_end, void* scratch);
+  int64_t (*linear_cross_entropy_bytes)(const LinearCrossEntropy* p, int64_t rows);
 
   // Element by element; what is a gradient takes dy first. 16-bit values are rounded once, at the end.
   void (*binary)(Binary f, Dtype dtype, int64_t begin, int64_t end, const void* a, const void* b, void* out);

@@ -195,14 +195,17 @@ __attribute__((noinline)) void multiply_part(int64_t rows, int64_t columns, amx:
 
 inline void multiply_tile_amx(int vectors, int64_t rows, const Units& x, const uint32_t* panel, int64_t units,
                               float* sums, bool first) {
-  constexpr int64_t kStride = kTileColumns;
+  constexpr int64_t kStride = kTileColumns, kNearUnits = 64;
   for (int64_t r = 0; r < rows; r += amx::kTall) {
     for (int v = 0; v < vectors; v += 2) {
       const uint32_t* left = panel + v * amx::kUnits;
       const amx::Factors factors = {x.data + r * x.stride, x.stride, left, left + amx::kUnits, kStride, units};
       const amx::Sums at = {sums + r * kStride + v * amx::kUnits, kStride, amx::kUnits, amx::kRows * kStride};
-      if (rows - r >= amx::kTall && vectors - v >= 2 && units % amx::kUnits == 0) {
+      const bool whole = rows - r >= amx::kTall && vectors - v >= 2 && units % amx::kUnits == 0;
+      if (whole && units <= kNearUnits) {
         amx::multiply_near(factors, first, at);
+      } else if (whole) {
+        amx::multiply<true, true, amx::Far::kColumns>(&factors, 1, first ? nullptr : &at, at);
       } else {
         multiply_part(rows - r < amx::kTall ? rows - r : amx::kTall, vectors - v < 2 ? amx::kUnits : amx::kWide, factors,
                       first, at);

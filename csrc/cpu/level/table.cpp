@@ -5,6 +5,7 @@
 #include "cross_entropy.h"
 #include "dot.h"
 #include "kernels.h"
+#include "linear_cross_entropy.h"
 #include "norm.h"
 #include "optim_entry.h"
 #include "outer_entry.h"
@@ -18,7 +19,7 @@ const Kernels LEVELED(kernels) = {
     kBFloat16Units, quantize, dequantize, units_stride, to_units, wants_tiles, tiled_stride, to_tiles, to_int8, product, product_scratch_bytes, kRowsToSplit,
     kRowStep, dot, max_dot_rows, kDotPairs, pack_rows, pack_outer, outer,
     attention_tile_words, attention_pack, attention_scratch_bytes, attention_forward, attention_backward, attention_sum,
-    cross_entropy,
+    cross_entropy, linear_cross_entropy, linear_cross_entropy_bytes,
     binary, swiglu_backward, rms_norm, rms_norm_backward, layer_norm_backward, add_sums, softmax_backward, rotary,
     LEVELED(optim), LEVELED(square_sum),
 };

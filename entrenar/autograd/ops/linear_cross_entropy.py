@@ -16,6 +16,7 @@ from entrenar.autograd.ops._autocast import autocast
 from entrenar.autograd.ops._cross_entropy import losses_of, reduce, refuse_no_class, turn_into_gradient
 from entrenar.autograd.ops._function import Function, no_second_derivative
 from entrenar.autograd.ops._library import define, library
+from entrenar.autograd.ops._linear_cross_entropy_rows import has_kernel, linear_cross_entropy_rows
 from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops._product import add_linear_dw, linear_dx_into, linear_into
 
@@ -47,12 +48,14 @@ def linear_cross_entropy(
         A scalar, in float32 or input's dtype if that is wider.
 
     The gradients are formed in the forward, if anything requires one, and scaled in the backward. With dy divided by
-    the number of targets for a mean, and G = softmax(logits) - onehot(target) in input's dtype: dinput = dy G W,
-    dW = dy Gᵀ input, db = dy Σ G, the last two summed over the chunks in float32. On a CPU on which torch multiplies
-    input's dtype slowly (bfloat16 without AVX-512 BF16) the products are float32's, of W converted in tiles of at most
-    8 MiB, and logits, G and dinput are rounded as they are elsewhere. There is no second derivative: asking for a
-    gradient with create_graph=True raises RuntimeError. Raises IndexError naming row and value for a target that is no
-    class (on CUDA, as in torch, a device-side assertion fails), and ValueError where shapes or dtypes do not match.
+    the number of targets for a mean, and G = softmax(logits) - onehot(target) in input's dtype: dinput = dy G W, dW =
+    dy Gᵀ input, db = dy Σ G, the last two summed over the chunks in float32. On a CPU, without a bias and for a W that
+    wants no gradient, 128 rows or more, of up to 2 KiB, go through a kernel that has no more than a tile of logits, and
+    does not round them. Other products of a dtype that torch multiplies slowly on this CPU (bfloat16 without AVX-512
+    BF16) are float32's, of W converted in tiles of at most 8 MiB, and logits, G and dinput are rounded as they are
+    elsewhere. There is no second derivative: asking for a gradient with create_graph=True raises RuntimeError. Raises
+    IndexError naming row and value for a target that is no class (on CUDA, as in torch, a device-side assertion fails),
+    and ValueError where shapes or dtypes do not match.
     """
     x, weight = autocast(input), autocast(linear_weight)
     bias = None if linear_bias is None else autocast(linear_bias)
@@ -134,6 +137,41 @@ def _linear_cross_entropy_fake(
     )
 
 
+def _by_chunks(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The losses, and the gradients of their sum in input, weight and bias where wanted, from chunks of logits."""
+    wants_input, wants_weight, wants_bias = wanted
+    classes, wide = len(weight), torch.promote_types(input.dtype, torch.float32)
+    losses = input.new_empty(len(input), dtype=wide)
+    dx = input.new_empty(input.shape if wants_input else 0)
+    dw = input.new_zeros(weight.shape if wants_weight else 0, dtype=wide)
+    db = input.new_zeros(classes if wants_bias else 0, dtype=wide)
+    parts = list(chunks(len(input), classes * input.element_size()))
+    # One memory for the logits of every chunk: mapping and faulting it in anew would take a tenth of the time.
+    workspace = input.new_empty(len(input[parts[0]]) if parts else 0, classes)
+    for part in parts:
+        x, t = input[part], target[part]
+        logits = workspace[: len(x)]
+        linear_into(logits, x, weight, bias)
+        if not any(wanted):
+            losses[part] = losses_of(logits, t, ignore_index)
+            continue
+        losses[part] = turn_into_gradient(logits, t, ignore_index)
+        if wants_input:
+            linear_dx_into(dx[part], logits, weight)
+        if wants_weight:
+            add_linear_dw(dw, logits, x)
+        if wants_bias:
+            db += logits.sum(0, dtype=wide)
+    return losses, dx, dw, db
+
+
 class LinearCrossEntropyFunction(Function):
     """y = CE(x Wᵀ + b), and with it dy/dx, dy/dW and dy/db where they are wanted, else nothing in their place."""
 
@@ -149,31 +187,15 @@ class LinearCrossEntropyFunction(Function):
         wants_weight: bool,
         wants_bias: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        classes = linear_weight.shape[0]
-        refuse_no_class(target, classes, ignore_index)
-        wide = torch.promote_types(input.dtype, torch.float32)
-        losses = input.new_empty(len(input), dtype=wide)
-        dx = input.new_empty(input.shape if wants_input else 0)
-        dw = input.new_zeros(linear_weight.shape if wants_weight else 0, dtype=wide)
-        db = input.new_zeros(classes if wants_bias else 0, dtype=wide)
-        parts = list(chunks(len(input), classes * input.element_size()))
-        # One memory for the logits of every chunk: mapping and faulting it in anew would take a tenth of the time.
-        workspace = input.new_empty(len(input[parts[0]]) if parts else 0, classes)
-        for part in parts:
-            x, t = input[part], target[part]
-            logits = workspace[: len(x)]
-            linear_into(logits, x, linear_weight, linear_bias)
-            if not (wants_input or wants_weight or wants_bias):
-                losses[part] = losses_of(logits, t, ignore_index)
-                continue
-            losses[part] = turn_into_gradient(logits, t, ignore_index)
-            if wants_input:
-                linear_dx_into(dx[part], logits, linear_weight)
-            if wants_weight:
-                add_linear_dw(dw, logits, x)
-            if wants_bias:
-                db += logits.sum(0, dtype=wide)
-        factor = gradient_factor(target, ignore_index, reduction, wide)
+        refuse_no_class(target, len(linear_weight), ignore_index)
+        frozen = linear_bias is None and not (wants_weight or wants_bias)
+        if frozen and has_kernel(input, linear_weight):
+            losses, dx = linear_cross_entropy_rows(input, linear_weight, target, ignore_index, wants_input)
+            dw, db = input.new_empty(0), input.new_empty(0)
+        else:
+            wanted = wants_input, wants_weight, wants_bias
+            losses, dx, dw, db = _by_chunks(input, linear_weight, target, linear_bias, ignore_index, wanted)
+        factor = gradient_factor(target, ignore_index, reduction, losses.dtype)
         dx, dw, db = (gradient.mul_(factor).to(input.dtype) for gradient in (dx, dw, db))
         return reduce(losses, target, ignore_index, reduction), dx, dw, db
 

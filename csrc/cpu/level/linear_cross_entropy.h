@@ -1,0 +1,241 @@
+// Losses of rows with logits x wᵀ that are never whole, and their gradients G w with G = softmax(x wᵀ) - onehot(target).
+// That is attention of the rows to keys and values w, computed as in attention_forward.h, a tile of classes at a time. A
+// row's target stays out of the sums. It comes in at the end, with p - 1 as minus the sum of the other probabilities,
+// which keeps its digits where p is almost 1.
+#pragma once
+
+#include "attention_tile.h"
+#include "linear_cross_entropy_block.h"
+
+namespace {
+
+constexpr int kClasses = 256;  // of a tile
+constexpr int kClassPanels = kClasses / kBlock, kClassVectors = kClasses / kLanes;
+
+// What is kept of a row from tile to tile.
+struct HeadRow {
+  vfloat total;     // of the classes but the target, a sum for each lane
+  float reference;  // the score whose probability counts as 1
+  float at_target;  // the target's score
+};
+
+// Rows of x against tiles of classes. Scores are logits in the unit of Probability.
+template <bool kPairs>
+class Head {
+ public:
+  static constexpr int kClassUnits = kClasses / kUnit<kPairs>;
+
+  Head(const LinearCrossEntropy& p, int64_t rows, void* scratch)
+      : p_(p), units_(units_of(p)), panels_(ceil_div(p.columns, kBlock)) {
+    const auto take = [&](int64_t words) {
+      void* const part = (void*)((uintptr_t)scratch + bytes_);
+      bytes_ += round_up(words, kSquare) * sizeof(uint32_t);
+      return part;
+    };
+    const int64_t padded = round_up(rows, kStrip);
+    rows_ = (HeadRow*)take(padded * (int64_t)(sizeof(HeadRow) / sizeof(uint32_t)));
+    x_ = (uint32_t*)take(padded * units_);
+    sums_ = (float*)take(p.dx ? padded * panels_ * kBlock : 0);
+    scores_ = (float*)take(kStrip * kClasses);
+    probabilities_ = (uint32_t*)take(kStrip * kClassUnits);
+    packing_ = (uint32_t*)take(kBlock * units_);
+    keys_ = (uint32_t*)take(kClasses * units_);
+    values_ = (uint32_t*)take(p.dx ? panels_ * kClassUnits * kBlock : 0);
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+  void run(int64_t row_begin, int64_t row_end) {
+    const Multiplying<kPairs> multiplying;
+    const int64_t rows = row_end - row_begin;
+    pack_rows<kPairs>(p_.dtype, {row_of(p_.x, row_begin), p_.columns}, rows, p_.columns, x_, units_);
+    for (int64_t first = 0; first < p_.classes; first += kClasses) {
+      const int64_t count = least(kClasses, p_.classes - first);
+      pack_classes(first, count);
+      for (int64_t row = 0; row < rows; row += kStrip) {
+        const int64_t strip = least(kStrip, rows - row);
+        score(row, strip, count);
+        for (int64_t i = 0; i < strip; i++) take_target(i, rows_[row + i], p_.targets[row_begin + row + i] - first, count);
+        prefetch_classes(first + kClasses, row, strip, rows);
+        softmax(row, strip, first == 0);
+        if (p_.dx) add_values(row, strip, count, first == 0);
+      }
+    }
+    for (int64_t row = 0; row < rows; row++) finish(row, row_begin + row);
+  }
+
+ private:
+  using P = Probability<kPairs>;
+
+  // Whole squares for a transposition; and rows that are a multiple of 1 KiB apart would share few sets of the caches.
+  static int64_t units_of(const LinearCrossEntropy& p) {
+    const int64_t units = round_up(ceil_div(p.columns, kUnit<kPairs>), kSquare);
+    return units % 256 == 0 ? units + kSquare : units;
+  }
+
+  const void* row_of(const void* matrix, int64_t row) const {
+    return element(p_.dtype, ConstRows{matrix, p_.columns}, row, 0);
+  }
+
+  float* sums_of(int64_t row) const { return sums_ + row * panels_ * kBlock; }
+
+  void pack_classes(int64_t first, int64_t count) {
+    for (int64_t c = 0; c < count; c += kBlock) {
+      const int64_t some = least(kBlock, count - c);
+      pack_rows<kPairs>(p_.dtype, {row_of(p_.weight, first + c), p_.columns}, some, p_.columns, packing_, units_);
+      __builtin_memset(packing_ + some * units_, 0, (kBlock - some) * units_ * sizeof *packing_);
+      transpose(packing_, units_, kBlock, units_, keys_ + c * units_, kBlock);
+    }
+    for (int64_t panel = 0; p_.dx && panel < panels_; panel++) {
+      const ConstRows columns = {element(p_.dtype, {row_of(p_.weight, first), p_.columns}, 0, panel * kBlock), p_.columns};
+      pack_row_units<kPairs>(p_.dtype, columns, count, least(kBlock, p_.columns - panel * kBlock),
+                             values_ + panel * kClassUnits * kBlock, kBlock);
+    }
+  }
+
+  // The share of these rows among all in the classes that come next.
+  void prefetch_classes(int64_t first, int64_t row, int64_t strip, int64_t rows) const {
+    constexpr int64_t kLine = 64;
+    const int64_t count = least(kClasses, p_.classes - first);
+    if (count <= 0) return;
+    const char* at = (const char*)row_of(p_.weight, first + count * row / rows);
+    const char* const end = (const char*)row_of(p_.weight, first + count * (row + strip) / rows);
+    for (; at < end; at += kLine) __builtin_prefetch(at, 0, 2);
+  }
+
+  // Scores by panels of classes: [panel][row][class]. Those beyond the last class become -infinity.
+  void score(int64_t row, int64_t strip, int64_t count) {
+    for (int64_t c = 0; c < count; c += kBlock) {
+      multiply_tile<kPairs>(kBlock / kLanes, strip, {x_ + row * units_, units_}, keys_ + c * units_, units_,
+                            scores_ + c * kStrip, true);
+    }
+    for (int64_t c = count; c < kClasses; c++) {
+      for (int64_t i = 0; i < strip; i++) *score_at(i, c) = -__builtin_inff();
+    }
+  }
+
+  float* score_at(int64_t row, int64_t c) const { return scores_ + c / kBlock * kStrip * kBlock + row * kBlock + c % kBlock; }
+
+  void take_target(int64_t i, HeadRow& row, int64_t target, int64_t count) {
+    if (target < 0 || target >= count) return;
+    row.at_target = *score_at(i, target) * P::kPerNat;
+    *score_at(i, target) = -__builtin_inff();
+  }
+
+  vfloat relative(int64_t i, int v, float reference) const {
+    return P::kPerNat * load<vfloat>(score_at(i, v * kLanes)) - reference;
+  }
+
+  void refer(int64_t i, int64_t row, bool first) {
+    vfloat most = broadcast(-__FLT_MAX__);  // not -infinity, whose difference to itself is not 0
+    for (int v = 0; v < kClassVectors; v++) most = larger(relative(i, v, 0), most);
+    HeadRow& r = rows_[row];
+    const float before = r.reference;
+    r.reference = largest(most);
+    if (first) return;
+    vfloat factor[1] = {broadcast(before - r.reference)};
+    P::of(factor);
+    r.total *= factor[0];
+    float* const sums = sums_of(row - i) + i * kBlock;
+    for (int64_t c = 0; p_.dx && c < panels_ * kBlock; c += kLanes) {
+      float* at = sums + c / kBlock * kStrip * kBlock + c % kBlock;
+      store(at, load<vfloat>(at) * factor[0]);
+    }
+  }
+
+  vfloat probabilities(int64_t i, float reference) {
+    constexpr int kAtOnce = 4;
+    vfloat total = {};
+    for (int v = 0; v < kClassVectors; v += kAtOnce) {
+      vfloat p[kAtOnce];
+#pragma GCC unroll 4
+      for (int j = 0; j < kAtOnce; j++) p[j] = relative(i, v + j, reference);
+      P::of(p);
+#pragma GCC unroll 4
+      for (int j = 0; j < kAtOnce; j += kUnit<kPairs>) {
+        P::store_units(probabilities_ + i * kClassUnits + (v + j) * kLanes / kUnit<kPairs>, p + j);
+      }
+      total += (p[0] + p[1]) + (p[2] + p[3]);
+    }
+    return total;
+  }
+
+  void softmax(int64_t row, int64_t strip, bool first) {
+    constexpr float kLarge = 65536;
+    for (int64_t i = 0; first && i < strip; i++) refer(i, row + i, first);
+    for (int64_t i = 0; i < strip; i++) {
+      HeadRow& r = rows_[row + i];
+      vfloat total = probabilities(i, r.reference);
+      if (any_above(total, kLarge)) refer(i, row + i, first), total = probabilities(i, r.reference);
+      r.total = first ? total : r.total + total;
+    }
+  }
+
+  // Sums of a strip by panels of columns: [panel][row][column].
+  void add_values(int64_t row, int64_t strip, int64_t count, bool first) {
+    for (int64_t panel = 0; panel < panels_; panel++) {
+      const int64_t columns = least(kBlock, p_.columns - panel * kBlock);
+      multiply_tile<kPairs>(ceil_div(columns, kLanes), strip, {probabilities_, kClassUnits},
+                            values_ + panel * kClassUnits * kBlock, ceil_div(count, kUnit<kPairs>),
+                            sums_of(row) + panel * kStrip * kBlock, first);
+    }
+  }
+
+  static float power(float score) { return kPairs ? __builtin_exp2f(score) : __builtin_expf(score); }
+
+  void finish(int64_t row, int64_t index) {
+    const int64_t target = p_.targets[index], bytes = p_.columns * (p_.dtype == kFloat32 ? 4 : 2);
+    void* const dx = (char*)p_.dx + index * bytes;
+    if (target == p_.ignore_index) {
+      p_.losses[index] = 0;
+      if (p_.dx) __builtin_memset(dx, 0, bytes);
+      return;
+    }
+    const HeadRow& r = rows_[row];
+    const float most = r.at_target > r.reference ? r.at_target : r.reference;
+    const float scale = power(r.reference - most), others = sum(r.total) * scale, all = others + power(r.at_target - most);
+    p_.losses[index] = (most - r.at_target) / P::kPerNat + __builtin_logf(all);
+    if (!p_.dx) return;
+
+    const void* const target_row = row_of(p_.weight, target);
+    const float* sums = sums_of(row / kStrip * kStrip) + row % kStrip * kBlock;
+    for (int64_t c = 0; c < p_.columns; c += kBlock, sums += kStrip * kBlock) {
+      const int64_t count = least(kBlock, p_.columns - c);
+      float values[kBlock] = {};
+      for (int64_t i = 0; i < count; i++) {
+        const float w = p_.dtype == kFloat32 ? ((const float*)target_row)[c + i]
+                                             : int4::bfloat16_to_float(((const uint16_t*)target_row)[c + i]);
+        values[i] = (sums[i] * scale - others * w) / all;
+      }
+      store_row(p_.dtype, values, count, (char*)dx + c * (bytes / p_.columns));
+    }
+  }
+
+  const LinearCrossEntropy& p_;
+  const int64_t units_, panels_;
+  HeadRow* rows_;
+  uint32_t* x_;
+  float *sums_, *scores_;
+  uint32_t *probabilities_, *packing_, *keys_, *values_;
+  int64_t bytes_ = 0;
+};
+
+template <bool kPairs>
+int64_t head_bytes(const LinearCrossEntropy& p, int64_t rows) {
+  return Head<kPairs>(p, rows, nullptr).bytes();
+}
+
+template <bool kPairs>
+void run_head(const LinearCrossEntropy& p, int64_t row_begin, int64_t row_end, void* scratch) {
+  Head<kPairs>(p, row_end - row_begin, scratch).run(row_begin, row_end);
+}
+
+int64_t linear_cross_entropy_bytes(const LinearCrossEntropy* p, int64_t rows) {
+  return FOR_UNITS_OF(p->dtype, head_bytes)(*p, rows);
+}
+
+void linear_cross_entropy(const LinearCrossEntropy* p, int64_t row_begin, int64_t row_end, void* scratch) {
+  FOR_UNITS_OF(p->dtype, run_head)(*p, row_begin, row_end, scratch);
+}
+
+}  // namespace
