@@ -15,6 +15,7 @@ using namespace entrenar;
 namespace amx {
 
 constexpr int64_t kOuterUnits = 128;  // pairs of rows in a panel
+constexpr int64_t kAhead = 32;        // how many rows of b ahead of their use lines are asked for
 
 int64_t outer_stride(int64_t rows) { return (rows + 2 * kUnits - 1) / (2 * kUnits) * kUnits; }
 
@@ -39,12 +40,19 @@ void pack_outer(const uint16_t* a, int64_t rows, int64_t rank, uint32_t* packed)
 struct OuterPanel {
   alignas(64) uint32_t words[2][kOuterUnits][kUnits];
 
+  // A row of these columns, or past the last one of the next.
+  static void prefetch(const uint16_t* b, int64_t rows, int64_t columns, int64_t row, int64_t c) {
+    __builtin_prefetch(row < rows ? b + row * columns + c : b + (row - rows) * columns + c + kWide);
+  }
+
   // `units` pairs of rows from `pair` on, of up to 32 columns from c on.
   void fill(const uint16_t* b, int64_t rows, int64_t columns, int64_t pair, int64_t units, int64_t c, int64_t count) {
     using Step = OuterStep<kBFloat16>;
     for (int64_t u = 0; u < units; u++) {
       const int64_t row = 2 * (pair + u);
       vuint halves[2] = {};
+      prefetch(b, rows, columns, row + kAhead, c);
+      prefetch(b, rows, columns, row + 1 + kAhead, c);
       if (row < rows && count == kWide) {
         Step::load_row(b, columns, rows, row, c, halves);
       } else if (row < rows) {
