@@ -60,18 +60,32 @@ def sanitizer() -> dict[str, str]:
     return {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
-def test_ops_in_either_order_of_the_threads(library):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--emulated-cuda={library}", *TESTS]
+def in_either_order(*command: str | pathlib.Path) -> dict[str, str]:
+    """What a program that must succeed printed, in each order of the threads. They run at once: each takes one core."""
     with contextlib.ExitStack() as stack:
         runs = {}
-        for order in ("forward", "reversed"):  # at once: each takes one core
-            log = stack.enter_context(tempfile.TemporaryFile("w+"))
+        for order in ("forward", "reversed"):
+            logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
             of_order = environment(ENTRENAR_EMULATOR_ORDER=order, OMP_NUM_THREADS="1", **sanitizer())
-            run = subprocess.Popen([*command, "-k", "emulated"], cwd=ROOT, env=of_order, stdout=log, stderr=log)
-            runs[order] = stack.enter_context(run), log
-        for order, (run, log) in runs.items():
+            run = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=of_order, stdout=logs[0], stderr=logs[1])
+            runs[order] = stack.enter_context(run), logs
+        printed = {}
+        for order, (run, logs) in runs.items():
             status = run.wait()
-            log.seek(0)
-            output = log.read()
-            assert status == 0, f"{order}:\n{output}"
-            assert " passed" in output
+            for log in logs:
+                log.seek(0)
+            printed[order], errors = (log.read() for log in logs)
+            assert status == 0, f"{order}:\n{printed[order]}\n{errors}"
+        return printed
+
+
+def test_ops_in_either_order_of_the_threads(library):
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--emulated-cuda={library}", *TESTS, "-k", "emulated"]
+    for printed in in_either_order(*command).values():
+        assert " passed" in printed
+
+
+def test_the_same_bits_in_either_order_of_the_threads(library):
+    printed = in_either_order(HERE / "calls.py", library)
+    assert printed["forward"]
+    assert printed["forward"].splitlines() == printed["reversed"].splitlines()
