@@ -1,21 +1,124 @@
-"""What of the Hopper product needs no GPU, as no emulator runs it: its index maps agree with the byte format and the
-hardware, and its warps do not wait for each other for ever."""
+"""The Hopper product. What needs no GPU, as no emulator runs it: its index maps agree with the byte format and the
+hardware, and its warps do not wait for each other for ever. On one: its results, however it cuts a product up."""
 
 from __future__ import annotations
 
 import pathlib
+import re
 import shutil
 import subprocess
 
 import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from entrenar.autograd.ops import int4_dequantize, int4_linear, int4_lora_linear, int4_quantize
 
 HERE = pathlib.Path(__file__).parent
+BLOCK, RANK, SCALING = 64, 8, 0.5
+# Tokens of a tile, parts of the contraction, whether whole tiles come before those with parts.
+CUTS = [
+    (tokens, parts, whole)
+    for tokens in (64, 128, 256)
+    for parts in (1, 2, 4, 8)
+    for whole in (False, True)
+    if 16 * parts <= tokens and (parts > 1 or whole)
+]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("name", ["product_sm90_maps", "product_sm90_pipeline"])
-def test_on_the_host(name, tmp_path):
-    program = tmp_path / name
+def compiled(name: str, directory: pathlib.Path) -> pathlib.Path:
+    program = directory / name
     source = HERE / f"{name}.cpp"
     subprocess.run(["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-o", program, source], check=True)
-    subprocess.run([program], check=True)
+    return program
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["product_sm90_maps", "product_sm90_pipeline"])
+def test_on_the_host(name, tmp_path):
+    subprocess.run([compiled(name, tmp_path)], check=True)
+
+
+@pytest.fixture(scope="module")
+def cuts(tmp_path_factory):
+    """From a number of multiprocessors to features, tokens and contraction of a product for each cut."""
+    program = compiled("product_sm90_cuts", tmp_path_factory.mktemp("cuts"))
+
+    def products(processors: int) -> dict[tuple[int, int, bool], tuple[int, int, int]]:
+        lines = subprocess.check_output([program, str(processors)], text=True).splitlines()
+        numbers = [[int(word) for word in line.split()] for line in lines]
+        return {(tokens, parts, bool(whole)): tuple(sizes) for tokens, parts, whole, *sizes in numbers}
+
+    return products
+
+
+@needs_compiler
+@pytest.mark.parametrize("processors", [132, 114, 78])  # of an H100 and an H200; of others of Hopper
+def test_products_are_found_for_every_cut_that_can_be(processors, cuts):
+    assert sorted(cuts(processors)) == sorted(CUTS)
+
+
+@needs_compiler
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_every_cut_gives_the_results_of_float64(cut, cuts):
+    torch.set_default_device("cuda")
+    sizes = cuts(torch.cuda.get_device_properties(0).multi_processor_count)[cut]
+    for gradient, check in (("false", check_results), ("true", check_gradients)):
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            check(*sizes)
+            torch.cuda.synchronize()
+        kernels = re.findall(r"product_kernel<(\w+), (\d+)>", " ".join(event.name for event in seen.events()))
+        assert {tokens for of_gradient, tokens in kernels if of_gradient == gradient} == {str(cut[0])}
+
+
+def check_results(features: int, tokens: int, contraction: int) -> None:
+    """y = x Wᵀ + b, with and without an adapter's term."""
+    w, codes, scales, A, B = make_layer(features, contraction)
+    x, bias = torch.randn(tokens, contraction).bfloat16(), 30 * torch.randn(features)
+    product = x.double() @ w.T + bias
+    y = int4_linear(x, codes, scales, bias, block=BLOCK)
+    assert_rounded_once(y, product)
+    y = int4_lora_linear(x, codes, scales, bias, A, B, SCALING, block=BLOCK)
+    assert_near(y, product + low(x, A.T) @ B.bfloat16().double().T)
+
+
+def check_gradients(features: int, tokens: int, contraction: int) -> None:
+    """dx = dy W, with and without an adapter's term."""
+    w, codes, scales, A, B = make_layer(contraction, features)
+    dy, x = torch.randn(tokens, contraction).bfloat16(), torch.randn(tokens, features).bfloat16().requires_grad_()
+    product = dy.double() @ w
+    y = int4_lora_linear(x, codes, scales, None, A, B, SCALING, block=BLOCK)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert_near(dx, product + low(dy, B) @ A.bfloat16().double())
+    if tokens >= 1024:  # from there on, without the adapter's term, another way takes less time
+        return
+    (dx,) = torch.autograd.grad(int4_linear(x, codes, scales, block=BLOCK), x, dy)
+    assert_rounded_once(dx, product)
+
+
+def make_layer(rows: int, columns: int) -> tuple[Tensor, ...]:
+    """A weight as bfloat16 has it, its codes and scales, and an adapter."""
+    codes, scales = int4_quantize(torch.randn(rows, columns), block=BLOCK)
+    w = int4_dequantize(codes, scales, columns, block=BLOCK, dtype=torch.bfloat16).double()
+    return w, codes, scales, torch.randn(RANK, columns), torch.randn(rows, RANK)
+
+
+def low(x: Tensor, factor: Tensor) -> Tensor:
+    """The adapter's middle, which is rounded."""
+    return (SCALING * x.double() @ factor.bfloat16().double()).bfloat16().double()
+
+
+def assert_rounded_once(actual: Tensor, expected: Tensor) -> None:
+    # Up to 1024 additions of 16 products, each off by up to 2^-23 of the largest sum; then one rounding.
+    limit = 2**-8 * expected.abs() + 2**-13 * expected.abs().max()
+    assert ((actual.double() - expected).abs() <= limit).all()
+
+
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    # The middle may be rounded the other way, and off by 2^-7 of itself.
+    assert (actual.double() - expected).abs().max() <= 2**-7 * expected.abs().max()

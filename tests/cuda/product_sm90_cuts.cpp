@@ -1,0 +1,35 @@
+// Prints, for a number of multiprocessors, a small product for each way that product_sm90 cuts one up: the tokens of a
+// tile, the parts of the contraction, whether whole tiles come before those; features, tokens and contraction.
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <tuple>
+
+#include "../../csrc/cuda/product_sm90_pipeline.h"
+
+using namespace entrenar::sm90;
+
+int main(int, char** arguments) {
+  const int processors = std::atoi(arguments[1]);
+  // From 24 tokens on, and in the gradient up to 2047, the ops leave products to it: csrc/cuda/product.cpp.
+  constexpr int64_t kFewest = 25, kMost = 2047;
+  struct Product {
+    int64_t features, tokens, contraction, numbers;
+  };
+  std::map<std::tuple<int, int, bool>, Product> smallest;
+  for (int64_t contraction = kStep; contraction <= 16384; contraction *= 2) {
+    for (int64_t features = kStep; features <= 16384; features += kStep) {
+      for (int64_t tokens = kFewest; tokens <= kMost; tokens += 21) {  // not of a tile's size
+        const Plan plan = choose(features, tokens, contraction, processors);
+        const bool is_cut = plan.shared.first < plan.shared.end, has_whole = plan.whole.first < plan.whole.end;
+        const int64_t numbers = features * contraction + features * tokens + tokens * contraction;
+        Product& found = smallest[{plan.whole.tokens, is_cut ? plan.shared.parts : 1, has_whole}];
+        if (!found.numbers || numbers < found.numbers) found = {features, tokens, contraction, numbers};
+      }
+    }
+  }
+  for (const auto& [cut, product] : smallest) {
+    std::printf("%d %d %d %ld %ld %ld\n", std::get<0>(cut), std::get<1>(cut), std::get<2>(cut), (long)product.features,
+                (long)product.tokens, (long)product.contraction);
+  }
+}
