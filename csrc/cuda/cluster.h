@@ -5,12 +5,13 @@
 
 namespace entrenar {
 
-// All threads of all blocks of the cluster arrive, and see what the others wrote before.
+// All threads of all blocks of the cluster arrive, those of a warp perhaps one by one, and see what the others wrote
+// before.
 static __device__ __forceinline__ void cluster_barrier() {
 #if defined(ENTRENAR_EMULATED)
   emulator::wait_for_cluster();
 #elif __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

@@ -43,10 +43,6 @@ __device__ inline void barrier_wait(uint32_t barrier, int parity) {
   while (!barrier_try_wait(barrier, parity)) {}
 }
 
-__device__ inline void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
 // A barrier of one warpgroup's threads; id 0 is __syncthreads'.
 __device__ inline void warpgroup_sync(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 
@@ -54,24 +50,6 @@ __device__ inline void warpgroup_sync(int id) { asm volatile("bar.sync %0, 128;"
 template <int threads>
 __device__ inline void consumers_sync() {
   asm volatile("bar.sync 3, %0;" ::"n"(threads) : "memory");
-}
-
-__device__ inline void store_shared(uint32_t to, float a, float b, float c, float d) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
-
-// The same place in the shared memory of another block of the cluster, for load_cluster.
-__device__ inline uint32_t at_block(uint32_t address, int rank) {
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  return there;
-}
-
-__device__ inline void load_cluster(float (&values)[4], uint32_t from) {
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
-               : "r"(from)
-               : "memory");
 }
 
 template <int registers>

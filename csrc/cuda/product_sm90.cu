@@ -4,6 +4,7 @@
 
 #include <cuda_bf16.h>
 
+#include "cluster.h"
 #include "hopper.h"
 #include "product_sm90_pipeline.h"
 
@@ -195,28 +196,30 @@ __device__ void release(uint32_t empty) {
 // its own slice of the tokens. They are exchanged through the memory of the stages, which have all been used.
 template <int kTokens>
 __device__ void add_parts(const Arguments& p, float (&sums)[kTokens / 2], char* shared, int part) {
-  constexpr int kChunks = kTokens / 8, kChunkBytes = kConsumers * kWarpgroup * 16;
+  constexpr int kChunks = kTokens / 8, kSumming = kConsumers * kWarpgroup;
   const int own = kChunks / p.parts;
-  const uint32_t at = shared_address(shared) + (threadIdx.x - kFirstConsumer) * 16;
-  consumers_sync<kConsumers * kWarpgroup>();
+  auto* const at = (float4*)shared + (threadIdx.x - kFirstConsumer);
+  consumers_sync<kSumming>();
 #pragma unroll
   for (int i = 0; i < kChunks; i++) {
-    store_shared(at + i * kChunkBytes, sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+    at[i * kSumming] = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
   }
-  cluster_sync();
+  cluster_barrier();
 #pragma unroll
   for (float& sum : sums) sum = 0;
   for (int other = 0; other < p.parts; other++) {
-    const uint32_t from = at_block(at, other) + part * own * kChunkBytes;
+    const float4* const from = of_block(at, other) + part * own * kSumming;
 #pragma unroll
     for (int i = 0; i < kChunks / 2; i++) {
       if (i >= own) break;
-      float part_sums[4];
-      load_cluster(part_sums, from + i * kChunkBytes);
-      for (int j = 0; j < 4; j++) sums[4 * i + j] += part_sums[j];
+      const float4 part_sums = from[i * kSumming];
+      sums[4 * i] += part_sums.x;
+      sums[4 * i + 1] += part_sums.y;
+      sums[4 * i + 2] += part_sums.z;
+      sums[4 * i + 3] += part_sums.w;
     }
   }
-  cluster_sync();  // the others have read this block's
+  cluster_barrier();  // the others have read this block's
 }
 
 // The first of sums, those of slice tokens.
@@ -347,8 +350,8 @@ __global__ __launch_bounds__(kThreads, Layout<kTokens>::kResident) void product_
   if (threadIdx.x >= kFirstScaler) copy_scales<gradient, kTokens>(p, pipeline, part);
   __syncwarp();
   if (p.parts > 1) {  // a block of a cluster has one tile: these are the two of add_parts
-    cluster_sync();
-    cluster_sync();
+    cluster_barrier();
+    cluster_barrier();
   }
 #endif
 }
