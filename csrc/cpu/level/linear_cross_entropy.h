@@ -1,23 +1,15 @@
 // Losses of rows with logits x wᵀ that are never whole, and their gradients G w with G = softmax(x wᵀ) - onehot(target).
-// That is attention of the rows to keys and values w, computed as in attention_forward.h, a tile of classes at a time. A
-// row's target stays out of the sums. It comes in at the end, with p - 1 as minus the sum of the other probabilities,
-// which keeps its digits where p is almost 1.
+// That is attention of the rows to keys and values w, a tile of classes at a time. A row's target stays out of the sums. It
+// comes in at the end, with p - 1 as minus the sum of the other probabilities, which keeps its digits where p is almost 1.
 #pragma once
 
 #include "attention_tile.h"
 #include "linear_cross_entropy_block.h"
+#include "online_softmax.h"
 
 namespace {
 
 constexpr int kClasses = 256;  // of a tile
-constexpr int kClassPanels = kClasses / kBlock, kClassVectors = kClasses / kLanes;
-
-// What is kept of a row from tile to tile.
-struct HeadRow {
-  vfloat total;     // of the classes but the target, a sum for each lane
-  float reference;  // the score whose probability counts as 1
-  float at_target;  // the target's score
-};
 
 // Rows of x against tiles of classes. Scores are logits in the unit of Probability.
 template <bool kPairs>
@@ -33,7 +25,8 @@ class Head {
       return part;
     };
     const int64_t padded = round_up(rows, kStrip);
-    rows_ = (HeadRow*)take(padded * (int64_t)(sizeof(HeadRow) / sizeof(uint32_t)));
+    rows_ = (SoftmaxRow*)take(padded * (int64_t)(sizeof(SoftmaxRow) / sizeof(uint32_t)));
+    at_targets_ = (float*)take(padded);
     x_ = (uint32_t*)take(padded * units_);
     sums_ = (float*)take(p.dx ? padded * panels_ * kBlock : 0);
     scores_ = (float*)take(kStrip * kClasses);
@@ -55,9 +48,9 @@ class Head {
       for (int64_t row = 0; row < rows; row += kStrip) {
         const int64_t strip = least(kStrip, rows - row);
         score(row, strip, count);
-        for (int64_t i = 0; i < strip; i++) take_target(i, rows_[row + i], p_.targets[row_begin + row + i] - first, count);
+        for (int64_t i = 0; i < strip; i++) take_target(row, i, p_.targets[row_begin + row + i] - first, count);
         prefetch_classes(first + kClasses, row, strip, rows);
-        softmax(row, strip, first == 0);
+        softmax(row, strip, count, first == 0);
         if (p_.dx) add_values(row, strip, count, first == 0);
       }
     }
@@ -103,71 +96,30 @@ class Head {
     for (; at < end; at += kLine) __builtin_prefetch(at, 0, 2);
   }
 
-  // Scores by panels of classes: [panel][row][class]. Those beyond the last class become -infinity.
+  // Scores of a strip by panels of classes: [panel][row][class].
   void score(int64_t row, int64_t strip, int64_t count) {
     for (int64_t c = 0; c < count; c += kBlock) {
       multiply_tile<kPairs>(kBlock / kLanes, strip, {x_ + row * units_, units_}, keys_ + c * units_, units_,
                             scores_ + c * kStrip, true);
     }
-    for (int64_t c = count; c < kClasses; c++) {
-      for (int64_t i = 0; i < strip; i++) *score_at(i, c) = -__builtin_inff();
-    }
   }
 
-  float* score_at(int64_t row, int64_t c) const { return scores_ + c / kBlock * kStrip * kBlock + row * kBlock + c % kBlock; }
-
-  void take_target(int64_t i, HeadRow& row, int64_t target, int64_t count) {
+  void take_target(int64_t row, int64_t i, int64_t target, int64_t count) {
     if (target < 0 || target >= count) return;
-    row.at_target = *score_at(i, target) * P::kPerNat;
-    *score_at(i, target) = -__builtin_inff();
+    float& score = scores_[(target / kBlock * kStrip + i) * kBlock + target % kBlock];
+    at_targets_[row + i] = score * P::kPerNat;
+    score = -__builtin_inff();
   }
 
-  vfloat relative(int64_t i, int v, float reference) const {
-    return P::kPerNat * load<vfloat>(score_at(i, v * kLanes)) - reference;
-  }
-
-  void refer(int64_t i, int64_t row, bool first) {
-    vfloat most = broadcast(-__FLT_MAX__);  // not -infinity, whose difference to itself is not 0
-    for (int v = 0; v < kClassVectors; v++) most = larger(relative(i, v, 0), most);
-    HeadRow& r = rows_[row];
-    const float before = r.reference;
-    r.reference = largest(most);
-    if (first) return;
-    vfloat factor[1] = {broadcast(before - r.reference)};
-    P::of(factor);
-    r.total *= factor[0];
-    float* const sums = sums_of(row - i) + i * kBlock;
-    for (int64_t c = 0; p_.dx && c < panels_ * kBlock; c += kLanes) {
-      float* at = sums + c / kBlock * kStrip * kBlock + c % kBlock;
-      store(at, load<vfloat>(at) * factor[0]);
-    }
-  }
-
-  vfloat probabilities(int64_t i, float reference) {
-    constexpr int kAtOnce = 4;
-    vfloat total = {};
-    for (int v = 0; v < kClassVectors; v += kAtOnce) {
-      vfloat p[kAtOnce];
-#pragma GCC unroll 4
-      for (int j = 0; j < kAtOnce; j++) p[j] = relative(i, v + j, reference);
-      P::of(p);
-#pragma GCC unroll 4
-      for (int j = 0; j < kAtOnce; j += kUnit<kPairs>) {
-        P::store_units(probabilities_ + i * kClassUnits + (v + j) * kLanes / kUnit<kPairs>, p + j);
-      }
-      total += (p[0] + p[1]) + (p[2] + p[3]);
-    }
-    return total;
-  }
-
-  void softmax(int64_t row, int64_t strip, bool first) {
-    constexpr float kLarge = 65536;
-    for (int64_t i = 0; first && i < strip; i++) refer(i, row + i, first);
-    for (int64_t i = 0; i < strip; i++) {
-      HeadRow& r = rows_[row + i];
-      vfloat total = probabilities(i, r.reference);
-      if (any_above(total, kLarge)) refer(i, row + i, first), total = probabilities(i, r.reference);
-      r.total = first ? total : r.total + total;
+  void softmax(int64_t row, int64_t strip, int64_t count, bool first) {
+    constexpr int kVectors = kClasses / kLanes;
+    const Meeting at = {0, strip, count, false};
+    const SoftmaxStrip rows = {rows_ + row, scores_,      probabilities_,
+                               kClassUnits, sums_of(row), p_.dx ? p_.columns : 0};
+    if (count == kClasses) {
+      OnlineSoftmax<kPairs, kVectors, false>{at, P::kPerNat, first, rows}.run();
+    } else {
+      OnlineSoftmax<kPairs, kVectors, true>{at, P::kPerNat, first, rows}.run();
     }
   }
 
@@ -191,10 +143,11 @@ class Head {
       if (p_.dx) __builtin_memset(dx, 0, bytes);
       return;
     }
-    const HeadRow& r = rows_[row];
-    const float most = r.at_target > r.reference ? r.at_target : r.reference;
-    const float scale = power(r.reference - most), others = sum(r.total) * scale, all = others + power(r.at_target - most);
-    p_.losses[index] = (most - r.at_target) / P::kPerNat + __builtin_logf(all);
+    const float reference = rows_[row].reference, at_target = at_targets_[row];
+    const float most = at_target > reference ? at_target : reference;
+    const float scale = power(reference - most), others = sum(rows_[row].total) * scale;
+    const float all = others + power(at_target - most);
+    p_.losses[index] = (most - at_target) / P::kPerNat + __builtin_logf(all);
     if (!p_.dx) return;
 
     const void* const target_row = row_of(p_.weight, target);
@@ -213,9 +166,9 @@ class Head {
 
   const LinearCrossEntropy& p_;
   const int64_t units_, panels_;
-  HeadRow* rows_;
+  SoftmaxRow* rows_;  // without the target
   uint32_t* x_;
-  float *sums_, *scores_;
+  float *at_targets_, *sums_, *scores_;
   uint32_t *probabilities_, *packing_, *keys_, *values_;
   int64_t bytes_ = 0;
 };
