@@ -106,6 +106,20 @@ def test_zero_block_decodes_to_zeros(block):
     assert torch.equal(codes, int4_quantize_reference(weight, block, torch.float16)[0])
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+def test_values_at_and_beside_the_middle_of_two_codes(scale_dtype, backend):
+    """In blocks of any scale: a code is the quotient's by the scale, which the scale's inverse may miss there."""
+    scales = torch.cat([2.0 ** torch.arange(-14, 8), torch.rand(2026) + 0.01]).to(scale_dtype).float()
+    middles = torch.arange(-6.5, 7)
+    beside = torch.stack([middles, *(torch.nextafter(middles, middles + step) for step in (-1, 1))]).flatten()
+    weight = torch.zeros(len(scales), 64)
+    weight[:, 0], weight[:, 1 : 1 + len(beside)] = 7, beside
+    weight *= scales[:, None]
+    expected = int4_quantize_reference(weight.cpu(), 64, scale_dtype)
+    for actual, wanted in zip(int4_quantize(weight, scale_dtype=scale_dtype), expected, strict=True):
+        assert torch.equal(actual.cpu(), wanted)
+
+
 def test_matrix_without_rows():
     codes, scales = int4_quantize(torch.empty(0, 40))
     assert (codes.shape, scales.shape) == ((0, 32), (0, 2))
