@@ -144,7 +144,8 @@ inline void multiply_half(const Factors& f, const uint32_t* panel) {
 }
 
 // Sums of 32 by 32 where everything is in the nearest cache: one half of the columns after the other, so that the first
-// is stored while the second is multiplied.
+// is stored while the second is multiplied. Factors and sums are values, or they would be loaded again for every
+// instruction, each of which may have written to memory.
 inline void multiply_near(Factors f, bool first, Sums sums) {
   const int64_t bytes = sums.stride * sizeof(float);
   if (first) {

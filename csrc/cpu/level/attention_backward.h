@@ -120,15 +120,9 @@ void backward_block(const AttentionKind& kind, const AttentionBlock& block, cons
       dot_products<kPairs>(at, s.queries + first * layout.units, tile, layout.units, s.scores);
       dot_products<kPairs>(at, s.d_outputs + first * layout.value_units, tile + layout.value, layout.value_units,
                            s.d_probabilities);
-      if (at.keys <= kBlock / 2) {
-        differentiate_softmax<kPairs, kBlockVectors / 2, true>(at, scale, s);
-      } else if (at.whole()) {
-        differentiate_softmax<kPairs, kBlockVectors, false>(at, scale, s);
-      } else {
-        differentiate_softmax<kPairs, kBlockVectors, true>(at, scale, s);
-      }
-      sum_over_keys<kPairs>(at, s.d_scores, tile + layout.panels, kind.columns, s.d_queries + first * kMaxColumns,
-                            key == 0);
+      for_keys(at, [&](auto keys) { differentiate_softmax<kPairs, keys.kVectors, keys.kMasked>(at, scale, s); });
+      sum_over_keys<kPairs>(at, s.d_scores, kBlockUnits<kPairs>, tile + layout.panels, kind.columns,
+                            s.d_queries + first * kMaxColumns, key == 0);
     }
     sum_over_queries<kPairs>(block, at, s.d_output_columns, kind.value_columns, s.probability_units, dv);
     sum_over_queries<kPairs>(block, at, s.query_columns, kind.columns, s.d_score_units, dk);

@@ -15,18 +15,6 @@ struct ForwardScratch {
 };
 
 template <bool kPairs>
-void softmax(const Meeting& at, float scale, int64_t columns, bool first, ForwardScratch& s) {
-  const SoftmaxStrip strip = {s.rows, s.scores, s.probabilities, kBlockUnits<kPairs>, s.outputs, columns};
-  if (at.keys <= kBlock / 2) {
-    OnlineSoftmax<kPairs, kBlockVectors / 2, true>{at, scale, first, strip}.run();
-  } else if (at.whole()) {
-    OnlineSoftmax<kPairs, kBlockVectors, false>{at, scale, first, strip}.run();
-  } else {
-    OnlineSoftmax<kPairs, kBlockVectors, true>{at, scale, first, strip}.run();
-  }
-}
-
-template <bool kPairs>
 void forward_strip(const AttentionKind& kind, const AttentionBlock& block, int64_t first, const AttentionOutput& output,
                    ForwardScratch& s) {
   const KeyTile<kPairs> layout(kind, false);
@@ -34,12 +22,16 @@ void forward_strip(const AttentionKind& kind, const AttentionBlock& block, int64
   const float scale = kind.scale * Probability<kPairs>::kPerNat;
   pack_rows<kPairs>(kind.dtype, {element(kind.dtype, block.q, first, 0), block.q.stride}, queries, kind.columns,
                     s.queries, layout.units);
+  const SoftmaxStrip strip = {s.rows, s.scores, s.probabilities, kBlockUnits<kPairs>, s.outputs, kind.value_columns};
   const uint32_t* tile = block.packed;
   for (int64_t key = 0; key < keys_seen(kind, block); key += kBlock, tile += layout.words) {
     const Meeting at = meeting(kind, block, first, queries, key);
     dot_products<kPairs>(at, s.queries, tile, layout.units, s.scores);
-    softmax<kPairs>(at, scale, kind.value_columns, key == 0, s);
-    sum_over_keys<kPairs>(at, s.probabilities, tile + layout.panels, kind.value_columns, s.outputs, key == 0);
+    for_keys(at, [&](auto keys) {
+      OnlineSoftmax<kPairs, keys.kVectors, keys.kMasked>{at, scale, key == 0, strip}.run();
+    });
+    sum_over_keys<kPairs>(at, s.probabilities, kBlockUnits<kPairs>, tile + layout.panels, kind.value_columns, s.outputs,
+                          key == 0);
   }
   for (int64_t query = 0; query < queries; query++) {
     const float total = sum(s.rows[query].total);

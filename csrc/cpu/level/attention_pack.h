@@ -11,9 +11,9 @@ constexpr int kMaxColumns = kMaxAttentionColumns;
 
 static_assert(kBlock == kTileColumns, "a panel of the product kernel is as wide as a block");
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 template <bool kPairs>
 constexpr int kBlockUnits = kBlock / kUnit<kPairs>;
@@ -65,9 +65,10 @@ void pack_panels(Dtype dtype, ConstRows x, int64_t rows, int64_t columns, uint32
 
 typedef uint32_t Packing[kBlock * kMaxColumns];
 
-// out[unit of columns][row], with kBlock rows: zero beyond those of x. Units up to a multiple of 16 are written.
+// out[unit of columns][row], with kBlock rows: zero beyond those of x. Units up to a multiple of 16 are written, there and
+// for each row to `packing`.
 template <bool kPairs>
-void pack_rows_transposed(Dtype dtype, ConstRows x, int64_t rows, int64_t columns, Packing& packing, uint32_t* out) {
+void pack_rows_transposed(Dtype dtype, ConstRows x, int64_t rows, int64_t columns, uint32_t* packing, uint32_t* out) {
   const int64_t units = ceil_div(columns, kUnit<kPairs>), stride = round_up(units, 16);
   pack_rows<kPairs>(dtype, x, rows, columns, packing, stride);
   __builtin_memset(packing + rows * stride, 0, (kBlock - rows) * stride * sizeof *packing);

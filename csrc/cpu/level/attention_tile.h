@@ -13,7 +13,7 @@ namespace {
 constexpr int kBlockVectors = kBlock / kLanes;
 // Queries of a strip: rows of the matrix registers, or a whole number of the microkernel's.
 constexpr int kStrip = kLanes == 8 ? 48 : 32;
-constexpr int kStrips = (kBlock + kStrip - 1) / kStrip;
+constexpr int kStrips = ceil_div(kBlock, kStrip);
 
 // What a strip of queries and a tile of keys have to do with each other.
 struct Meeting {
@@ -44,11 +44,31 @@ void dot_products(const Meeting& at, const uint32_t* x, const uint32_t* y, int64
 }
 
 // sums[query][column] (+)= sum over keys of p[query][key] x[key][column], with sums and x in panels of kBlock columns.
+// A tile has room for `units` units of keys.
 template <bool kPairs>
-void sum_over_keys(const Meeting& at, const uint32_t* p, const uint32_t* x, int64_t columns, float* sums, bool first) {
-  for (int64_t c = 0; c < columns; c += kBlock, x += kBlockUnits<kPairs> * kBlock, sums += kStrip * kBlock) {
-    multiply_tile<kPairs>(ceil_div(least(kBlock, columns - c), kLanes), at.queries, {p, kBlockUnits<kPairs>}, x,
+void sum_over_keys(const Meeting& at, const uint32_t* p, int64_t units, const uint32_t* x, int64_t columns, float* sums,
+                   bool first) {
+  for (int64_t c = 0; c < columns; c += kBlock, x += units * kBlock, sums += kStrip * kBlock) {
+    multiply_tile<kPairs>(ceil_div(least(kBlock, columns - c), kLanes), at.queries, {p, units}, x,
                           ceil_div(at.keys, kUnit<kPairs>), sums, first);
+  }
+}
+
+// What is known of a tile's keys when the loops over them are compiled: how many vectors, and whether some are unseen.
+template <int vectors, bool masked>
+struct KeysAre {
+  static constexpr int kVectors = vectors;
+  static constexpr bool kMasked = masked;
+};
+
+template <class F>
+void for_keys(const Meeting& at, F f) {
+  if (at.keys <= kBlock / 2) {
+    f(KeysAre<kBlockVectors / 2, true>{});
+  } else if (at.whole()) {
+    f(KeysAre<kBlockVectors, false>{});
+  } else {
+    f(KeysAre<kBlockVectors, true>{});
   }
 }
 

@@ -46,9 +46,9 @@ inline void encode_group(const float* group, float s, int least, uint8_t* codes)
   }
 }
 
-// The codes from -kMaxCode on of whole groups, by the scale's inverse: a product is off from the quotient by at most 3
-// units of 2^-24 of itself, which is below kMaxCode + 1/2. Returns whether all codes are right: none is where one of the
-// two is so near to the middle of two codes that it matters.
+// The codes of whole groups whose quotients by the scale are below kMaxCode + 1/2, by the scale's inverse. Such a product
+// is off from the quotient by at most 3 units of 2^-24 of itself. Returns whether that makes no difference to any code:
+// not where a product is as near as 2^-18 to the middle of two.
 inline bool encode_groups(const float* values, int64_t groups, float inverse, uint8_t* codes) {
   constexpr float kSure = 0.5f - 0x1p-18f;
   vuint apart = {};  // the largest distance to a code, as the bits of its magnitude
@@ -142,10 +142,11 @@ void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, in
       } else {
         ((uint16_t*)scales)[scale_index] = float_to_half(s);
       }
-      const float inverse = 1 / s, largest_code = int4::bits_float(absmax) * inverse;
+      const float inverse = 1 / s;
+      const bool reaches_no_more = int4::bits_float(absmax) * inverse < int4::kMaxCode + 0.49f;
       if (!usable) {
         __builtin_memset(codes, int4::kZeroByte, count * int4::kGroupBytes);
-      } else if (mse || !(largest_code < int4::kMaxCode + 0.49f) || !encode_groups(values, count, inverse, codes)) {
+      } else if (mse || !reaches_no_more || !encode_groups(values, count, inverse, codes)) {
         for (int64_t g = 0; g < count; g++) {
           encode_group(values + g * int4::kGroup, s, least, codes + g * int4::kGroupBytes);
         }

@@ -1,6 +1,6 @@
 // Losses of rows with logits x wᵀ that are never whole, and their gradients G w with G = softmax(x wᵀ) - onehot(target).
-// That is attention of the rows to keys and values w, a tile of classes at a time. A row's target stays out of the sums. It
-// comes in at the end, with p - 1 as minus the sum of the other probabilities, which keeps its digits where p is almost 1.
+// That is attention of the rows to keys and values w, a tile of classes at a time. A row's target stays out of the sums.
+// It comes in at the end, with p - 1 as minus the sum of the other probabilities, which keeps its digits where p is almost 1.
 #pragma once
 
 #include "attention_tile.h"
@@ -18,7 +18,9 @@ class Head {
   static constexpr int kClassUnits = kClasses / kUnit<kPairs>;
 
   Head(const LinearCrossEntropy& p, int64_t rows, void* scratch)
-      : p_(p), units_(units_of(p)), panels_(ceil_div(p.columns, kBlock)) {
+      : p_(p),
+        units_(round_up(ceil_div(p.columns, kUnit<kPairs>), kSquare)),
+        panels_(ceil_div(p.columns, kBlock)) {
     const auto take = [&](int64_t words) {
       void* const part = (void*)((uintptr_t)scratch + bytes_);
       bytes_ += round_up(words, kSquare) * sizeof(uint32_t);
@@ -47,11 +49,13 @@ class Head {
       pack_classes(first, count);
       for (int64_t row = 0; row < rows; row += kStrip) {
         const int64_t strip = least(kStrip, rows - row);
-        score(row, strip, count);
+        const Meeting at = {0, strip, count, false};
+        score(at, row);
         for (int64_t i = 0; i < strip; i++) take_target(row, i, p_.targets[row_begin + row + i] - first, count);
         prefetch_classes(first + kClasses, row, strip, rows);
-        softmax(row, strip, count, first == 0);
-        if (p_.dx) add_values(row, strip, count, first == 0);
+        softmax(at, row, first == 0);
+        if (!p_.dx) continue;
+        sum_over_keys<kPairs>(at, probabilities_, kClassUnits, values_, p_.columns, sums_of(row), first == 0);
       }
     }
     for (int64_t row = 0; row < rows; row++) finish(row, row_begin + row);
@@ -59,12 +63,6 @@ class Head {
 
  private:
   using P = Probability<kPairs>;
-
-  // Whole squares for a transposition; and rows that are a multiple of 1 KiB apart would share few sets of the caches.
-  static int64_t units_of(const LinearCrossEntropy& p) {
-    const int64_t units = round_up(ceil_div(p.columns, kUnit<kPairs>), kSquare);
-    return units % 256 == 0 ? units + kSquare : units;
-  }
 
   const void* row_of(const void* matrix, int64_t row) const {
     return element(p_.dtype, ConstRows{matrix, p_.columns}, row, 0);
@@ -74,10 +72,9 @@ class Head {
 
   void pack_classes(int64_t first, int64_t count) {
     for (int64_t c = 0; c < count; c += kBlock) {
-      const int64_t some = least(kBlock, count - c);
-      pack_rows<kPairs>(p_.dtype, {row_of(p_.weight, first + c), p_.columns}, some, p_.columns, packing_, units_);
-      __builtin_memset(packing_ + some * units_, 0, (kBlock - some) * units_ * sizeof *packing_);
-      transpose(packing_, units_, kBlock, units_, keys_ + c * units_, kBlock);
+      const ConstRows classes = {row_of(p_.weight, first + c), p_.columns};
+      pack_rows_transposed<kPairs>(p_.dtype, classes, least(kBlock, count - c), p_.columns, packing_,
+                                   keys_ + c * units_);
     }
     for (int64_t panel = 0; p_.dx && panel < panels_; panel++) {
       const ConstRows columns = {element(p_.dtype, {row_of(p_.weight, first), p_.columns}, 0, panel * kBlock), p_.columns};
@@ -97,10 +94,10 @@ class Head {
   }
 
   // Scores of a strip by panels of classes: [panel][row][class].
-  void score(int64_t row, int64_t strip, int64_t count) {
-    for (int64_t c = 0; c < count; c += kBlock) {
-      multiply_tile<kPairs>(kBlock / kLanes, strip, {x_ + row * units_, units_}, keys_ + c * units_, units_,
-                            scores_ + c * kStrip, true);
+  void score(const Meeting& at, int64_t row) {
+    for (int64_t c = 0; c < at.keys; c += kBlock) {
+      const Meeting panel = {0, at.queries, least(kBlock, at.keys - c), false};
+      dot_products<kPairs>(panel, x_ + row * units_, keys_ + c * units_, units_, scores_ + c * kStrip);
     }
   }
 
@@ -111,36 +108,25 @@ class Head {
     score = -__builtin_inff();
   }
 
-  void softmax(int64_t row, int64_t strip, int64_t count, bool first) {
+  void softmax(const Meeting& at, int64_t row, bool first) {
     constexpr int kVectors = kClasses / kLanes;
-    const Meeting at = {0, strip, count, false};
-    const SoftmaxStrip rows = {rows_ + row, scores_,      probabilities_,
-                               kClassUnits, sums_of(row), p_.dx ? p_.columns : 0};
-    if (count == kClasses) {
-      OnlineSoftmax<kPairs, kVectors, false>{at, P::kPerNat, first, rows}.run();
+    const SoftmaxStrip strip = {rows_ + row, scores_,      probabilities_,
+                                kClassUnits, sums_of(row), p_.dx ? p_.columns : 0};
+    if (at.keys == kClasses) {
+      OnlineSoftmax<kPairs, kVectors, false>{at, P::kPerNat, first, strip}.run();
     } else {
-      OnlineSoftmax<kPairs, kVectors, true>{at, P::kPerNat, first, rows}.run();
-    }
-  }
-
-  // Sums of a strip by panels of columns: [panel][row][column].
-  void add_values(int64_t row, int64_t strip, int64_t count, bool first) {
-    for (int64_t panel = 0; panel < panels_; panel++) {
-      const int64_t columns = least(kBlock, p_.columns - panel * kBlock);
-      multiply_tile<kPairs>(ceil_div(columns, kLanes), strip, {probabilities_, kClassUnits},
-                            values_ + panel * kClassUnits * kBlock, ceil_div(count, kUnit<kPairs>),
-                            sums_of(row) + panel * kStrip * kBlock, first);
+      OnlineSoftmax<kPairs, kVectors, true>{at, P::kPerNat, first, strip}.run();
     }
   }
 
   static float power(float score) { return kPairs ? __builtin_exp2f(score) : __builtin_expf(score); }
 
   void finish(int64_t row, int64_t index) {
-    const int64_t target = p_.targets[index], bytes = p_.columns * (p_.dtype == kFloat32 ? 4 : 2);
-    void* const dx = (char*)p_.dx + index * bytes;
+    const int64_t target = p_.targets[index];
+    const Rows dx = {p_.dx, p_.columns};
     if (target == p_.ignore_index) {
       p_.losses[index] = 0;
-      if (p_.dx) __builtin_memset(dx, 0, bytes);
+      if (p_.dx) __builtin_memset(element(p_.dtype, dx, index, 0), 0, p_.columns * (p_.dtype == kFloat32 ? 4 : 2));
       return;
     }
     const float reference = rows_[row].reference, at_target = at_targets_[row];
@@ -160,7 +146,7 @@ class Head {
                                              : int4::bfloat16_to_float(((const uint16_t*)target_row)[c + i]);
         values[i] = (sums[i] * scale - others * w) / all;
       }
-      store_row(p_.dtype, values, count, (char*)dx + c * (bytes / p_.columns));
+      store_row(p_.dtype, values, count, element(p_.dtype, dx, index, c));
     }
   }
 

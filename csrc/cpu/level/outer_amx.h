@@ -15,7 +15,7 @@ using namespace entrenar;
 namespace amx {
 
 constexpr int64_t kOuterUnits = 128;  // pairs of rows in a panel
-constexpr int64_t kAhead = 32;        // how many rows of b ahead of their use lines are asked for
+constexpr int64_t kRowsAhead = 32;    // how far ahead of their use rows of b are fetched
 
 int64_t outer_stride(int64_t rows) { return (rows + 2 * kUnits - 1) / (2 * kUnits) * kUnits; }
 
@@ -51,8 +51,8 @@ struct OuterPanel {
     for (int64_t u = 0; u < units; u++) {
       const int64_t row = 2 * (pair + u);
       vuint halves[2] = {};
-      prefetch(b, rows, columns, row + kAhead, c);
-      prefetch(b, rows, columns, row + 1 + kAhead, c);
+      prefetch(b, rows, columns, row + kRowsAhead, c);
+      prefetch(b, rows, columns, row + 1 + kRowsAhead, c);
       if (row < rows && count == kWide) {
         Step::load_row(b, columns, rows, row, c, halves);
       } else if (row < rows) {

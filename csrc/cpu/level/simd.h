@@ -39,8 +39,8 @@ inline void store(T* to, V value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
-// Fetches what lies some way behind `bytes` at `from` of a stream, which is read once. A processor's own prefetching ends
-// with each page of 4 KiB, and does not keep up with what is computed from a stream.
+// Fetches what lies some way behind `bytes` at `from` of a stream. A processor's own prefetching ends with each page of
+// 4 KiB, and on some machines does not keep up at all.
 inline void prefetch_ahead(const void* from, int64_t bytes) {
   constexpr int64_t kAhead = 2048, kLine = 64;
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch((const char*)from + kAhead + i);
@@ -171,25 +171,17 @@ inline bool any_above(vfloat value, float bound) {
 #endif
 }
 
-inline float largest(vfloat value) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)value);
+inline float largest(vfloat value) { return _mm512_reduce_max_ps((__m512)value); }
+inline uint32_t largest(vuint value) { return _mm512_reduce_max_epu32((__m512i)value); }
 #else
-  float found = value[0];
+template <class V>
+inline auto largest(V value) {
+  auto found = value[0];
   for (int i = 1; i < kLanes; i++) found = value[i] > found ? value[i] : found;
   return found;
-#endif
 }
-
-inline uint32_t largest(vuint value) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_epu32((__m512i)value);
-#else
-  uint32_t found = 0;
-  for (int i = 0; i < kLanes; i++) found = value[i] > found ? value[i] : found;
-  return found;
 #endif
-}
 
 inline float half_to_float(uint16_t half) {
 #if defined(__F16C__)
