@@ -15,6 +15,22 @@ static __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
+// The same in two halves, and what was written before need not be seen: of use where blocks only wait for the others to
+// have read.
+static __device__ __forceinline__ void cluster_arrive() {
+#if !defined(ENTRENAR_EMULATED) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ void cluster_wait() {
+#if defined(ENTRENAR_EMULATED)
+  emulator::wait_for_cluster();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait;" ::: "memory");
+#endif
+}
+
 // Where the block of that rank in the cluster has what this block has at `shared`.
 template <class T>
 static __device__ __forceinline__ const T* of_block(const T* shared, unsigned rank) {

@@ -160,7 +160,7 @@ template <bool gradient>
 __device__ void read_factor(uint32_t (&a)[4], const Arguments& p, int feature, int first) {
   const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
   for (int half = 0; half < 2; half++) {
-    const int64_t row = min(feature + 8 * feature_chunk(gradient, warp, half) + lane / 4, p.features - 1);
+    const int64_t row = min(feature + feature_of(gradient, warp, lane, half), p.features - 1);
     for (int i = 0; i < 2; i++) {
       const int k = first + 2 * (lane % 4) + 8 * i;
       uint32_t pair = 0;
@@ -194,10 +194,9 @@ __device__ void release(uint32_t empty) {
 
 // Adds up the parts of a tile, always in the same order: of each thread's sums this block keeps, as the first, those of
 // its own slice of the tokens. They are exchanged through the memory of the stages, which have all been used.
-template <int kTokens>
-__device__ void add_parts(const Arguments& p, float (&sums)[kTokens / 2], char* shared, int part) {
-  constexpr int kChunks = kTokens / 8, kSumming = kConsumers * kWarpgroup;
-  const int own = kChunks / p.parts;
+template <int kTokens, int kParts>
+__device__ void add_parts(float (&sums)[kTokens / 2], char* shared, int part) {
+  constexpr int kChunks = kTokens / 8, kOwn = kChunks / kParts, kSumming = kConsumers * kWarpgroup;
   auto* const at = (float4*)shared + (threadIdx.x - kFirstConsumer);
   consumers_sync<kSumming>();
 #pragma unroll
@@ -207,19 +206,22 @@ __device__ void add_parts(const Arguments& p, float (&sums)[kTokens / 2], char* 
   cluster_barrier();
 #pragma unroll
   for (float& sum : sums) sum = 0;
-  for (int other = 0; other < p.parts; other++) {
-    const float4* const from = of_block(at, other) + part * own * kSumming;
+#pragma unroll 1
+  for (int other = 0; other < kParts; other++) {
+    const float4* const from = of_block(at, other) + part * kOwn * kSumming;
+    float4 part_sums[kOwn];  // all on the way at once: the way is long
 #pragma unroll
-    for (int i = 0; i < kChunks / 2; i++) {
-      if (i >= own) break;
-      const float4 part_sums = from[i * kSumming];
-      sums[4 * i] += part_sums.x;
-      sums[4 * i + 1] += part_sums.y;
-      sums[4 * i + 2] += part_sums.z;
-      sums[4 * i + 3] += part_sums.w;
+    for (int i = 0; i < kOwn; i++) part_sums[i] = from[i * kSumming];
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+      sums[4 * i] += part_sums[i].x;
+      sums[4 * i + 1] += part_sums[i].y;
+      sums[4 * i + 2] += part_sums[i].z;
+      sums[4 * i + 3] += part_sums[i].w;
     }
   }
-  cluster_barrier();  // the others have read this block's
+  for (float& sum : sums) pin(sum);
+  cluster_arrive();  // the others' memory has been read
 }
 
 // The first of sums, those of slice tokens.
@@ -229,7 +231,7 @@ __device__ void write(const Arguments& p, float (&sums)[kTokens / 2], char* out,
   const int lane = threadIdx.x % kWarp;
   if (!gradient && p.bias) {
     for (int half = 0; half < 2; half++) {
-      const int row = feature + 8 * feature_chunk(gradient, warp, half) + lane / 4;
+      const int row = feature + feature_of(gradient, warp, lane, half);
       const float bias = row < p.features ? __ldg(p.bias + row) : 0;
 #pragma unroll
       for (int i = 0; i < kTokens / 2; i += 4) {
@@ -241,17 +243,23 @@ __device__ void write(const Arguments& p, float (&sums)[kTokens / 2], char* out,
   const bool elected = threadIdx.x % kWarpgroup == 0;
   if (elected) wait_stores_read();
   warpgroup_sync(1 + warpgroup);
-  const uint32_t to = shared_address(out) + stored_row(gradient, warp, lane);
   const auto narrow = [](float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *(const uint32_t*)&pair;
   };
 #pragma unroll
-  for (int i = 0; i < kTokens / kLeastSlice; i++) {
-    if (i * kLeastSlice >= slice) break;
-    const float* const s = sums + 8 * i;
-    store_matrices_transposed(to + kNextTokens * i, narrow(s[0], s[1]), narrow(s[2], s[3]), narrow(s[4], s[5]),
-                              narrow(s[6], s[7]));
+  for (int i = 0; i < kTokens / 8; i += 2) {
+    if (8 * i >= slice) break;
+    const float* const s = sums + 4 * i;
+    if (gradient) {
+      for (int j = 0; j < 4; j++) {
+        *(uint32_t*)(out + gradient_stored(warp, lane, j % 2) + kNextTokens * (i + j / 2)) =
+            narrow(s[4 * (j / 2) + j % 2], s[4 * (j / 2) + j % 2 + 2]);
+      }
+    } else {
+      store_matrices_transposed(shared_address(out) + forward_stored(warp, lane) + kNextTokens * i, narrow(s[0], s[1]),
+                                narrow(s[2], s[3]), narrow(s[4], s[5]), narrow(s[6], s[7]));
+    }
   }
   fence_tensor_copies();
   warpgroup_sync(1 + warpgroup);
@@ -266,28 +274,38 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
   const Range range = range_of(p.steps, p.rank, part, p.parts);
   float sums[kTokens / 2];
   Fragments a[2];
+  Encoded<gradient> encoded;
 
   for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
     const Tile at = tile_at(tile, p.feature_tiles, p.token_tiles);
     const int feature = at.features * kFeatures + warpgroup * kWarpgroupFeatures;
     uint32_t used = 0;
 
+    // While the tensor cores multiply by one half of a stage, the next half is decoded. It is read before they are set
+    // to work, and whether the next stage has come is asked for earlier still: neither is waited for.
     barrier_wait(pipeline.full(), pipeline.place.parity);
-    decode<gradient>(a[0], pipeline.codes(), pipeline.scales(), thread, 0);
+    read(encoded, pipeline.codes(), pipeline.scales(), thread, 0);
+    decode(a[0], encoded, thread);
     for (int step = range.begin; step < range.end; step++) {
-      // While the tensor cores multiply by one half of the stage, the other is decoded.
       const uint64_t in = wgmma_rows(shared_address(pipeline.in()));
+      read(encoded, pipeline.codes(), pipeline.scales(), thread, 1);
       multiply(sums, a[0], in, step > range.begin);
+      Pipeline<kTokens> next = pipeline;
+      next.next();
+      const bool more = step + 1 < range.end, is_full = more && barrier_try_wait(next.full(), next.place.parity);
       wgmma_wait<1>();
       if (step > range.begin) release(used);
-      decode<gradient>(a[1], pipeline.codes(), pipeline.scales(), thread, 1);
+      decode(a[1], encoded, thread);
+      if (more) {
+        if (!is_full) barrier_wait(next.full(), next.place.parity);
+        read(encoded, next.codes(), next.scales(), thread, 0);
+      }
       multiply(sums, a[1], in + 2 * kWgmmaNext, true);
-      wgmma_wait<1>();
       used = pipeline.empty();
-      pipeline.next();
-      if (step + 1 < range.end) {
-        barrier_wait(pipeline.full(), pipeline.place.parity);
-        decode<gradient>(a[0], pipeline.codes(), pipeline.scales(), thread, 0);
+      pipeline = next;
+      if (more) {
+        wgmma_wait<1>();
+        decode(a[0], encoded, thread);
       }
     }
     if (range.last) {
@@ -312,7 +330,13 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
     wgmma_wait<0>();
     release(used);
     for (float& sum : sums) pin(sum);
-    if (p.parts > 1) add_parts<kTokens>(p, sums, pipeline.shared, part);
+    switch (p.parts) {
+      case 2: add_parts<kTokens, 2>(sums, pipeline.shared, part); break;
+      case 4: add_parts<kTokens, 4>(sums, pipeline.shared, part); break;
+      case 8:
+        if constexpr (kTokens >= 8 * kLeastSlice) add_parts<kTokens, 8>(sums, pipeline.shared, part);
+        break;
+    }
     const int slice = kTokens / p.parts;
     write<gradient, kTokens>(p, sums, out, feature, at.tokens * kTokens + part * slice, slice);
   }
@@ -329,6 +353,7 @@ __global__ __launch_bounds__(kThreads, Layout<kTokens>::kResident) void product_
   Pipeline<kTokens> pipeline;
   pipeline.shared = shared_memory();
   if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&p.in, &p.codes, &p.out}) prefetch_map(map);
     for (int i = 0; i < L::kStages; i++) {
       barrier_init(pipeline.full(), kFullArrivals);
       barrier_init(pipeline.empty(), kEmptyArrivals);
@@ -337,12 +362,14 @@ __global__ __launch_bounds__(kThreads, Layout<kTokens>::kResident) void product_
     fence_barrier_init();
   }
   pipeline.place = {0, 0};
+  wait_for_kernels_before();
   __syncthreads();
 
   const int part = blockIdx.x % p.parts;
   if (threadIdx.x >= kFirstConsumer) {
     grow_registers<L::kConsumerRegisters>();
     consume<gradient, kTokens>(p, pipeline, part);
+    if (p.parts > 1) cluster_wait();  // for those that read this block's memory
     return;
   }
   shrink_registers<L::kProducerRegisters>();
@@ -351,7 +378,8 @@ __global__ __launch_bounds__(kThreads, Layout<kTokens>::kResident) void product_
   __syncwarp();
   if (p.parts > 1) {  // a block of a cluster has one tile: these are the two of add_parts
     cluster_barrier();
-    cluster_barrier();
+    cluster_arrive();
+    cluster_wait();
   }
 #endif
 }
@@ -424,17 +452,19 @@ int launch(const ProductSm90& product, const Work& work, int processors, cudaStr
   const auto kernel = product_kernel<gradient, kTokens>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
   if (status != cudaSuccess) return status;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = p.parts;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = p.parts;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((unsigned)blocks_of(work, (int64_t)processors * L::kResident));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = L::kBytes;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 

@@ -15,10 +15,10 @@ constexpr int kSwizzleBytes = 16;          // swizzles move chunks of 16 bytes
 // A lane of a warp holds, of the warp's 16 x 16 part of wgmma's a, rows lane / 4 and that + 8 (half 0 and 1), columns
 // 2 * (lane % 4) + {0, 1, 8, 9}; of d the same rows, and columns 2 * (lane % 4) + {0, 1} of every 8.
 
-// The 8 features of a warpgroup's 64, counted in eights, that half of warp's rows stand for. In the gradient a byte
-// of codes holds two features that are 16 apart, and one lane takes both.
-INT4_HD int feature_chunk(bool gradient, int warp, int half) {
-  return gradient ? warp / 2 * 4 + warp % 2 + 2 * half : 2 * warp + half;
+// The feature of a warpgroup's 64 that such a row stands for. In the gradient a lane reads bytes of codes in pairs, which
+// are neighbours among the features.
+INT4_HD int feature_of(bool gradient, int warp, int lane, int half) {
+  return 16 * warp + (gradient ? lane / 4 * 2 + half : 8 * half + lane / 4);
 }
 
 // Rows of 128 bytes that TMA wrote, or will read, with the 128-byte swizzle.
@@ -29,18 +29,16 @@ INT4_HD int swizzled_128(int row, int chunk) { return row * 128 + kSwizzleBytes 
 // in their high nibbles those of its second 16; 8 bytes on lie its other two values.
 INT4_HD int forward_codes(int row, int group) { return row * 32 + kSwizzleBytes * (group ^ (row >> 2 & 1)); }
 
-// Gradient: 64 rows of 64 bytes, with the 64-byte swizzle.
-INT4_HD int gradient_codes(int row, int byte) {
-  return row * 64 + kSwizzleBytes * (byte / kSwizzleBytes ^ (row >> 1 & 3)) + byte % kSwizzleBytes;
-}
-
-// The byte of a row of codes that lane / 4 of a warp reads, within its warpgroup's 32.
-INT4_HD int gradient_byte(int warp, int lane) { return 8 * warp + lane / 4; }
+// Gradient: 64 rows of 64 bytes, a group in each chunk, with the 64-byte swizzle.
+INT4_HD int gradient_codes(int row, int group) { return row * 64 + kSwizzleBytes * (group ^ (row >> 1 & 3)); }
 
 // Scales are split in two bfloat16, high and low. Forward: for each group and row {high, high, low, low}.
-// Gradient: for each 32 features and pair of rows {high, high, low, low} of the two.
+// Gradient: for each group and pair of rows {high, high, low, low} of the two; the two pairs that a lane needs for a
+// multiplication lie side by side.
 INT4_HD int forward_scales(int group, int row) { return group * kFeatures * 8 + row * 8; }
-INT4_HD int gradient_scales(int slot, int row) { return slot * kStep * 4 + row / 2 * 8 + row % 2 * 2; }
+INT4_HD int gradient_scales(int group, int row) {
+  return group * kStep * 4 + row / 16 * 64 + row % 8 / 2 * 16 + row / 8 % 2 * 8 + row % 2 * 2;
+}
 constexpr int kScales = 2 * kStep;  // pairs of scales of a stage
 constexpr int kScalesBytes = 2 * kFeatures * 8;
 constexpr int kScalesLow = 4;
@@ -127,33 +125,74 @@ INT4_HD uint32_t spread_bytes(uint32_t word) {
 #endif
 }
 
-// Fragments of 32 of a stage's 64: wgmma's first operand for two multiplications, to thread of the consumers'.
-using Fragments = uint32_t[2][4];
+// Four 8 x 8 matrices of two bytes an element, whose rows of 16 bytes lie where the lanes say, the first matrix's where
+// the first eight do. A lane gets from each its column lane / 4, the rows 2 * (lane % 4) and, in the upper half, the next.
+#if defined(__CUDA_ARCH__)
+INT4_HD void load_matrices_transposed(uint32_t (&words)[4], const char* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"((uint32_t)__cvta_generic_to_shared(row))
+               : "memory");
+}
+#endif
+
+// Half of a stage, 32 of the contraction, as a thread of the consumers reads it for two multiplications: nothing waits
+// for it before it is decoded.
+template <bool gradient>
+struct Encoded {
+  uint32_t codes[4];                // of each multiplication and eight of the contraction; or of each half and eight
+  Scales scales[gradient ? 4 : 2];  // likewise; or of each half
+};
 
 template <bool gradient>
-INT4_HD void decode(Fragments& a, const char* codes, const char* scales, int thread, int group) {
+INT4_HD void read(Encoded<gradient>& encoded, const char* codes, const char* scales, int thread, int group) {
   const int warpgroup = thread / 128, warp = thread % 128 / 32, lane = thread % 32, pair = 2 * (lane % 4);
-  if (gradient) {
-    const int byte = warpgroup * (kWarpgroupFeatures / 2) + gradient_byte(warp, lane);
-    for (int k = 0; k < 2; k++) {
-      for (int i = 0; i < 2; i++) {
-        const int row = 16 * (2 * group + k) + pair + 8 * i;
-        const uint32_t both = *(const uint8_t*)(codes + gradient_codes(row, byte)) |
-                              *(const uint8_t*)(codes + gradient_codes(row + 1, byte)) << 16;
-        const Scales scale = *(const Scales*)(scales + gradient_scales(2 * warpgroup + warp / 2, row));
-        a[k][2 * i] = decode_pair(both, scale.high, scale.low);
-        a[k][2 * i + 1] = decode_pair(both >> 4, scale.high, scale.low);
+  if constexpr (gradient) {
+    const int features = 2 * warpgroup + warp / 2;  // in groups
+#if defined(__CUDA_ARCH__)
+    load_matrices_transposed(encoded.codes, codes + gradient_codes(32 * group + lane, features));
+#else
+    for (int i = 0; i < 4; i++) {
+      encoded.codes[i] = 0;
+      for (int j = 0; j < 2; j++) {
+        const char* const row = codes + gradient_codes(32 * group + 8 * i + pair + j, features);
+        encoded.codes[i] |= *(const uint16_t*)(row + lane / 4 * 2) << 16 * j;
       }
+    }
+#endif
+    for (int k = 0; k < 2; k++) {
+      struct alignas(16) Pair {
+        Scales of_eight[2];
+      };
+      const auto both = *(const Pair*)(scales + gradient_scales(features, 16 * (2 * group + k) + pair));
+      for (int i = 0; i < 2; i++) encoded.scales[2 * k + i] = both.of_eight[i];
     }
   } else {
     for (int half = 0; half < 2; half++) {
-      const int row = kWarpgroupFeatures * warpgroup + 16 * warp + 8 * half + lane / 4;
-      const Scales scale = *(const Scales*)(scales + forward_scales(group, row));
+      const int row = kWarpgroupFeatures * warpgroup + feature_of(false, warp, lane, half);
+      encoded.scales[half] = *(const Scales*)(scales + forward_scales(group, row));
       for (int i = 0; i < 2; i++) {
-        const uint32_t both = spread_bytes(*(const uint16_t*)(codes + forward_codes(row, group) + pair + 8 * i));
-        a[0][2 * i + half] = decode_pair(both, scale.high, scale.low);
-        a[1][2 * i + half] = decode_pair(both >> 4, scale.high, scale.low);
+        encoded.codes[2 * half + i] = *(const uint16_t*)(codes + forward_codes(row, group) + pair + 8 * i);
       }
+    }
+  }
+}
+
+// wgmma's first operand for the two multiplications.
+using Fragments = uint32_t[2][4];
+
+template <bool gradient>
+INT4_HD void decode(Fragments& a, const Encoded<gradient>& encoded, int thread) {
+  for (int j = 0; j < 4; j++) {
+    const Scales scale = encoded.scales[gradient ? j : j / 2];
+    if (gradient) {
+      const uint32_t codes = encoded.codes[j] >> thread / 32 % 2 * 4;  // a warp has one half of a group's features
+      for (int half = 0; half < 2; half++) {
+        a[j / 2][2 * (j % 2) + half] = decode_pair(codes >> 8 * half, scale.high, scale.low);
+      }
+    } else {
+      const uint32_t codes = spread_bytes(encoded.codes[j]);
+      for (int k = 0; k < 2; k++) a[k][2 * (j % 2) + j / 2] = decode_pair(codes >> 4 * k, scale.high, scale.low);
     }
   }
 }
@@ -173,12 +212,16 @@ INT4_HD void write_scales(char* scales, int index, uint32_t pair) {
   }
 }
 
-// The output's tile, rows of 64 features: the row of 8 of them that a lane addresses for stmatrix, which takes the
-// features of both halves by 16 tokens; the next 16 tokens lie kNextTokens on.
-INT4_HD int stored_row(bool gradient, int warp, int lane) {
-  return swizzled_128(8 * (lane / 16) + lane % 8, feature_chunk(gradient, warp, lane / 8 % 2));
+// The output's tile, rows of 64 features. Forward: the row of 8 of them that a lane addresses for stmatrix, which takes
+// the features of both halves by 16 tokens. Gradient: where a lane's two features of the first or second of its tokens
+// go; the next 8 tokens lie as far on as 8 rows.
+INT4_HD int forward_stored(int warp, int lane) {
+  return swizzled_128(8 * (lane / 16) + lane % 8, 2 * warp + lane / 8 % 2);
 }
-constexpr int kNextTokens = 16 * 128;
+INT4_HD int gradient_stored(int warp, int lane, int token) {
+  return swizzled_128(2 * (lane % 4) + token, 2 * warp + lane / 16) + lane / 4 % 4 * 4;
+}
+constexpr int kNextTokens = 8 * 128;
 
 // The order of the tiles: runs of kRun token tiles by all features, so that blocks which work at one time share both.
 

@@ -51,7 +51,7 @@ void test_fragments(int block) {
     return decoded(column % 32 < 16 ? byte & 15 : byte >> 4, scales[row * (kColumns / block) + column / block]);
   };
 
-  alignas(8) char codes[kCodesBytes], written[kScalesBytes] = {};
+  alignas(16) char codes[kCodesBytes], written[kScalesBytes] = {};
   for (int i = 0; i < kCodesBytes; i++) codes[swizzle(i, gradient ? 2 : 1)] = bytes[i];
   for (int thread = 0; thread < 128; thread++) {
     const int row = thread % kRows, column = thread / kRows * kWarpgroupFeatures;
@@ -64,10 +64,12 @@ void test_fragments(int block) {
     const int warp = thread % 128 / 32, lane = thread % 32;
     for (int group = 0; group < 2; group++) {
       Fragments a;
-      decode<gradient>(a, codes, written, thread, group);
+      Encoded<gradient> encoded;
+      read(encoded, codes, written, thread, group);
+      decode(a, encoded, thread);
       for (int i = 0; i < 16; i++) {
         const int element = i % 2, half = i / 2 % 2, eight = i / 4 % 2, multiplication = i / 8;
-        const int feature = thread / 128 * 64 + 8 * feature_chunk(gradient, warp, half) + lane / 4;
+        const int feature = thread / 128 * 64 + feature_of(gradient, warp, lane, half);
         const int k = 32 * group + 16 * multiplication + 8 * eight + 2 * (lane % 4) + element;
         const uint16_t got = a[multiplication][2 * eight + half] >> 16 * element;
         check(got == (gradient ? value(k, feature) : value(feature, k)), "a fragment", thread, group, i);
@@ -84,14 +86,18 @@ void test_stores() {
   const auto value = [](int token, int feature) { return (uint16_t)(token * kWarpgroupFeatures + feature); };
   std::vector<uint16_t> out(kTokens * kWarpgroupFeatures);
   for (int warp = 0; warp < 4; warp++) {
-    for (int i = 0; i < kTokens / 16; i++) {
-      for (int matrix = 0; matrix < 4; matrix++) {
-        for (int row = 0; row < 8; row++) {
-          const int to = stored_row(gradient, warp, 8 * matrix + row) + kNextTokens * i;
-          const int token = 16 * i + 8 * (matrix / 2) + row;
-          for (int k = 0; k < 8; k++) {
-            out[to / 2 + k] = value(token, 8 * feature_chunk(gradient, warp, matrix % 2) + k);
+    for (int lane = 0; lane < 32; lane++) {
+      for (int i = 0; i < kTokens / 8; i++) {
+        if (gradient) {
+          for (int token = 0; token < 2; token++) {
+            for (int half = 0; half < 2; half++) {
+              const int to = gradient_stored(warp, lane, token) + kNextTokens * i;
+              out[to / 2 + half] = value(8 * i + 2 * (lane % 4) + token, feature_of(true, warp, lane, half));
+            }
           }
+        } else if (i % 2 == 0) {  // the lane's row of a matrix: a feature of each lane that has such a token
+          const int to = forward_stored(warp, lane) + kNextTokens * i, token = 8 * (i + lane / 16) + lane % 8;
+          for (int k = 0; k < 8; k++) out[to / 2 + k] = value(token, feature_of(false, warp, 4 * k, lane / 8 % 2));
         }
       }
     }
