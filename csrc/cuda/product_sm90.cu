@@ -533,7 +533,7 @@ int product_sm90(const ProductSm90& product, void* stream) {
   const Device device;
   const int64_t features = product.gradient ? product.weight.columns : product.weight.rows;
   const int64_t contraction = product.gradient ? product.weight.rows : product.weight.columns;
-  const Plan plan = choose(features, product.tokens, contraction, device.processors);
+  const Plan plan = choose(product.gradient, features, product.tokens, contraction, device.processors);
   for (const Work& work : {plan.whole, plan.shared}) {
     if (work.first == work.end) continue;
     const int status = launch(product, work, device.processors, (cudaStream_t)stream);

@@ -88,27 +88,57 @@ struct Plan {
 
 inline int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
 
-// Takes the least time, in cycles of a step and of what comes after the steps. The cycles are estimates: on an H200 the
-// cut that they choose was not always the fastest, at worst 54 us where 38 were possible (128 rows, 4096 x 11008).
-inline Plan choose(int64_t features, int64_t tokens, int64_t contraction, int processors) {
-  struct Kind {
-    int tokens, resident, step, write, add;
-  };
-  constexpr Kind kKinds[] = {{256, 1, 1150, 2500, 9000}, {128, 1, 640, 1500, 6000}, {64, 2, 700, 1500, 4500}};
+// Clusters run on multiprocessors that lie together, whose numbers are not all multiples of theirs: on an H200 fewer than
+// 32 clusters of 4 blocks, one to a multiprocessor, run at once.
+inline int64_t clusters_at_once(int processors, int parts) {
+  return parts <= 2 ? processors / parts : processors * 7 / 8 / parts;
+}
+
+// What tiles of so many tokens cost, in microseconds, on an H200: fitted to what each cut took of products of 32 to 4096
+// tokens with weights of 4096 x 4096, 11008 x 4096 and 4096 x 11008.
+struct Cost {
+  double launch;       // of a kernel
+  double step, steps;  // of a block alone on its multiprocessor, and of as many as it holds beside each other
+  double write, add;   // of a tile, and of its parts
+};
+
+struct Kind {
+  int tokens, resident;
+  Cost of[2];  // forward and gradient
+};
+
+constexpr Kind kKinds[] = {
+    {256, 1, {{0.00, 0.641, 0.641, 8.1, 4.8}, {0.11, 0.763, 0.763, 5.3, 7.7}}},
+    {128, 1, {{2.94, 0.437, 0.437, 4.5, 2.8}, {3.71, 0.555, 0.555, 1.6, 5.6}}},
+    {64, 2, {{5.14, 0.360, 0.700, 1.7, 1.9}, {4.46, 0.475, 0.800, 0.0, 3.8}}},
+};
+
+// So many tiles in rounds of `at_once` blocks or clusters, one to a multiprocessor or its blocks' multiprocessors.
+inline double cost_of(const Kind& kind, const Cost& cost, int64_t count, int64_t steps, int parts, int64_t at_once) {
+  if (count == 0) return 0;
+  const int64_t full = count / (at_once * kind.resident), left = count % (at_once * kind.resident);
+  const double last = left == 0 ? 0 : left <= at_once ? cost.step : cost.steps;
+  const double around = cost.write + (parts > 1 ? cost.add : 0);
+  return cost.launch + tiles(steps, parts) * (full * cost.steps + last) + (full + (left > 0)) * around;
+}
+
+// The plan that costs least.
+inline Plan choose(bool gradient, int64_t features, int64_t tokens, int64_t contraction, int processors) {
   const int64_t steps = contraction / kStep;
   Plan best = {};
-  int64_t least = 0;
+  double least = 0;
   for (const Kind& kind : kKinds) {
+    const Cost& cost = kind.of[gradient];
     const int64_t count = tiles(features, kFeatures) * tiles(tokens, kind.tokens);
-    const int64_t resident = (int64_t)processors * kind.resident, left = count % resident;
+    const int64_t left = count % ((int64_t)processors * kind.resident);
     for (int parts = 1; parts <= kMaxParts && parts * kLeastSlice <= kind.tokens && parts <= steps; parts *= 2) {
-      const int64_t whole = parts == 1 ? count : count - left;
-      if (whole == count && parts > 1) break;
-      int64_t cost = tiles(whole, resident) * (steps * kind.step + kind.write);
-      if (parts > 1) cost += tiles(left * parts, resident) * (tiles(steps, parts) * kind.step + kind.write + kind.add);
-      if (!best.whole.tokens || cost < least) {
+      const int64_t whole = parts == 1 ? count : count - left, at_once = clusters_at_once(processors, parts);
+      if (at_once == 0 || (whole == count && parts > 1)) break;
+      const double total = cost_of(kind, cost, whole, steps, 1, processors) +
+                           cost_of(kind, cost, count - whole, steps, parts, at_once);
+      if (!best.whole.tokens || total < least) {
         best = {{kind.tokens, 1, 0, whole}, {kind.tokens, parts, whole, count}};
-        least = cost;
+        least = total;
       }
     }
   }

@@ -1,5 +1,6 @@
-// Prints, for a number of multiprocessors, a small product for each way that product_sm90 cuts one up: the tokens of a
-// tile, the parts of the contraction, whether whole tiles come before those; features, tokens and contraction.
+// Prints, for a number of multiprocessors, a small product for each way that product_sm90 cuts one up: whether it is a
+// gradient, the tokens of a tile, the parts of the contraction, whether whole tiles come before those; features, tokens
+// and contraction.
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -16,20 +17,23 @@ int main(int, char** arguments) {
   struct Product {
     int64_t features, tokens, contraction, numbers;
   };
-  std::map<std::tuple<int, int, bool>, Product> smallest;
+  std::map<std::tuple<bool, int, int, bool>, Product> smallest;
   for (int64_t contraction = kStep; contraction <= 16384; contraction *= 2) {
     for (int64_t features = kStep; features <= 16384; features += kStep) {
       for (int64_t tokens = kFewest; tokens <= kMost; tokens += 21) {  // not of a tile's size
-        const Plan plan = choose(features, tokens, contraction, processors);
-        const bool is_cut = plan.shared.first < plan.shared.end, has_whole = plan.whole.first < plan.whole.end;
-        const int64_t numbers = features * contraction + features * tokens + tokens * contraction;
-        Product& found = smallest[{plan.whole.tokens, is_cut ? plan.shared.parts : 1, has_whole}];
-        if (!found.numbers || numbers < found.numbers) found = {features, tokens, contraction, numbers};
+        for (const bool gradient : {false, true}) {
+          const Plan plan = choose(gradient, features, tokens, contraction, processors);
+          const bool is_cut = plan.shared.first < plan.shared.end, has_whole = plan.whole.first < plan.whole.end;
+          const int64_t numbers = features * contraction + features * tokens + tokens * contraction;
+          Product& found = smallest[{gradient, plan.whole.tokens, is_cut ? plan.shared.parts : 1, has_whole}];
+          if (!found.numbers || numbers < found.numbers) found = {features, tokens, contraction, numbers};
+        }
       }
     }
   }
   for (const auto& [cut, product] : smallest) {
-    std::printf("%d %d %d %ld %ld %ld\n", std::get<0>(cut), std::get<1>(cut), std::get<2>(cut), (long)product.features,
+    const auto [gradient, of_tile, parts, has_whole] = cut;
+    std::printf("%d %d %d %d %ld %ld %ld\n", gradient, of_tile, parts, has_whole, (long)product.features,
                 (long)product.tokens, (long)product.contraction);
   }
 }
