@@ -32,8 +32,10 @@ struct Layer {
 // scaling x Aᵀ of each layer, in one pass over x.
 Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double scaling);
 
-// x Wᵀ + u Bᵀ + bias
-Tensor project_up(const Tensor& x, const Tensor& u, const Layer& layer, const std::optional<Tensor>& bias, bool int8);
+// x W_iᵀ + u_i B_iᵀ + bias_i of each layer.
+using Biases = std::vector<std::optional<Tensor>>;
+Tensors project_up(const Tensor& x, const Tensors& us, const std::vector<Layer>& layers, const Biases& biases,
+                   bool int8);
 
 // scaling dy_i B_i of each layer.
 Tensors project_back(const Tensors& dys, const std::vector<Layer>& layers, double scaling);
@@ -91,18 +93,17 @@ std::tuple<Tensors, Tensors> forward(const Tensor& x, const Tensor& lora_x, cons
                                      std::optional<Tensor> bias, double scaling, bool int8) {
   check_device(lora_x, "lora_x", x);
   if (bias) check_device(*bias, "bias", x);
-  const Tensor input = packed(x);
-  Tensors us = project_down(packed(lora_x), layers, scaling), ys;
+  Biases biases;
   int64_t begin = 0;
-  for (size_t i = 0; i < layers.size(); i++) {
-    const int64_t columns = layers[i].w.rows;
+  for (const Layer& layer : layers) {
     std::optional<Tensor> own;
-    if (bias) own = layers.size() == 1 ? *bias : torch::stable::narrow(*bias, 0, begin, columns);
-    check_bias(own, columns);
-    ys.push_back(project_up(input, us[i], layers[i], own, int8));
-    begin += columns;
+    if (bias) own = layers.size() == 1 ? *bias : torch::stable::narrow(*bias, 0, begin, layer.w.rows);
+    check_bias(own, layer.w.rows);
+    biases.push_back(own);
+    begin += layer.w.rows;
   }
-  return {ys, us};
+  const Tensors us = project_down(packed(lora_x), layers, scaling);
+  return {project_up(packed(x), us, layers, biases, int8), us};
 }
 
 struct Gradients {

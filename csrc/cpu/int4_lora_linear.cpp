@@ -38,11 +38,16 @@ Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double s
   return split_ranks(all, layers);
 }
 
-Tensor project_up(const Tensor& x, const Tensor& u, const Layer& layer, const std::optional<Tensor>& bias, bool int8) {
-  Tensor y = empty_with_last(x, layer.w.rows);
-  const Term terms[] = {{x, layer.w}, {u, B_of(layer)}};
-  multiply(terms, 2, true, 1.0f, bias, y, int8);
-  return y;
+Tensors project_up(const Tensor& x, const Tensors& us, const std::vector<Layer>& layers, const Biases& biases,
+                   bool int8) {
+  Tensors ys;
+  for (size_t i = 0; i < layers.size(); i++) {
+    Tensor y = empty_with_last(x, layers[i].w.rows);
+    const Term terms[] = {{x, layers[i].w}, {us[i], B_of(layers[i])}};
+    multiply(terms, 2, true, 1.0f, biases[i], y, int8);
+    ys.push_back(y);
+  }
+  return ys;
 }
 
 Tensors project_back(const Tensors& dys, const std::vector<Layer>& layers, double scaling) {

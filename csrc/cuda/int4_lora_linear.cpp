@@ -82,22 +82,34 @@ Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double s
 }
 
 // In bfloat16 the smaller terms are written first: they are what is rounded in between, where that cannot be avoided.
-Tensor project_up(const Tensor& x, const Tensor& u, const Layer& layer, const std::optional<Tensor>& bias, bool int8) {
-  refuse_int8(int8);
-  Tensor y = empty_with_last(x, layer.w.rows), flat = matrix(y);
-  if (y.numel() == 0) return y;
-  if (takes_term(matrix(x), layer.w, true, matrix(u), flat)) {
-    multiply(matrix(x), layer.w, true, bias, flat, Term{matrix(u), rounded_B(x, layer)});
-    return y;
-  }
-  const Tensor B = transposed_B(x, layer);
-  if (bias) {
-    addmm(flat, torch::stable::to(*bias, x.scalar_type()), matrix(u), B, 1.0);
+void add_up(const Product& product, const Layer& layer) {
+  const Tensor B = transposed_B(product.x, layer);
+  Tensor y = product.y;
+  if (y.numel() == 0) return;
+  if (product.bias) {
+    addmm(y, torch::stable::to(*product.bias, y.scalar_type()), *product.low, B, 1.0);
   } else {
-    addmm(flat, flat, matrix(u), B, 0.0);
+    addmm(y, y, *product.low, B, 0.0);
   }
-  multiply_add(matrix(x), layer.w, true, flat);
-  return y;
+  multiply_add(product.x, product.w, true, y);
+}
+
+Tensors project_up(const Tensor& x, const Tensors& us, const std::vector<Layer>& layers, const Biases& biases,
+                   bool int8) {
+  refuse_int8(int8);
+  Tensors ys;
+  std::vector<Product> products;
+  for (size_t i = 0; i < layers.size(); i++) {
+    ys.push_back(empty_with_last(x, layers[i].w.rows));
+    products.push_back({matrix(x), layers[i].w, matrix(ys[i]), biases[i], matrix(us[i]), std::nullopt});
+  }
+  if (go_at_once(products, true)) {
+    for (size_t i = 0; i < layers.size(); i++) products[i].factor = rounded_B(x, layers[i]);
+    multiply_at_once(products, true);
+  } else {
+    for (size_t i = 0; i < layers.size(); i++) add_up(products[i], layers[i]);
+  }
+  return ys;
 }
 
 Tensors project_back(const Tensors& dys, const std::vector<Layer>& layers, double scaling) {
@@ -118,20 +130,26 @@ Tensor side_by_side(const Tensors& parts, int64_t columns) {
   return all;
 }
 
-// Each product is added in place. In bfloat16 that rounds the sum once for each layer; one product of all dy, side by
-// side, with all W would round once, but moves 2 N more numbers for a row of dx than adding to it moves 2 K.
+// One product of all dy with all W, where there is a kernel for that. Else each is added in place, which in bfloat16
+// rounds the sum once for each layer: dy side by side would move 2 N more numbers for a row of dx than adding moves 2 K.
 Tensor sum_back(const Tensor& x, const Tensors& dys, const Tensors& dus, const std::vector<Layer>& layers) {
   Tensor sum = empty_as(x), flat = matrix(sum);
   if (sum.numel() == 0) return sum;
-  if (dys.size() == 1 && dus.size() == 1 && takes_term(matrix(dys[0]), layers[0].w, false, matrix(dus[0]), flat)) {
-    multiply(matrix(dys[0]), layers[0].w, false, std::nullopt, flat, Term{matrix(dus[0]), stacked_A(x, layers)});
+  std::optional<Tensor> low, A;
+  if (!dus.empty()) {
+    low = matrix(side_by_side(dus, ranks_of(layers)));
+    A = stacked_A(x, layers);
+  }
+  std::vector<Product> products;
+  for (size_t i = 0; i < dys.size(); i++) products.push_back({matrix(dys[i]), layers[i].w, flat, {}, {}, {}});
+  if (!products.empty()) products[0].low = low, products[0].factor = A;
+  if (!products.empty() && go_at_once(products, false)) {
+    multiply_at_once(products, false);
     return sum;
   }
-  if (!dus.empty()) {
-    addmm(flat, flat, matrix(side_by_side(dus, ranks_of(layers))), stacked_A(x, layers), 0.0);
-  }
+  if (low) addmm(flat, flat, *low, *A, 0.0);
   for (size_t i = 0; i < dys.size(); i++) {
-    if (i == 0 && dus.empty()) {
+    if (i == 0 && !low) {
       multiply(matrix(dys[i]), layers[i].w, false, std::nullopt, flat);
     } else {
       multiply_add(matrix(dys[i]), layers[i].w, false, flat);

@@ -69,55 +69,57 @@ bool pays_on_hopper(int64_t rows, bool transposed, bool with_term) {
   return rows >= kManyRows && (transposed || rows < (with_term ? kManyGradientRowsWithTerm : kManyGradientRows));
 }
 
-bool is_for_hopper(const Tensor& x, const ProductSm90& product) {
-  if (x.scalar_type() != ScalarType::BFloat16) return false;
-  if (!pays_on_hopper(product.tokens, !product.gradient, product.rank > 0)) return false;
-  const OnDevice device(x);
-  return product_sm90_takes(product);
-}
-
-ProductSm90 hopper_product(const Tensor& x, const Weight& w, bool transposed, const Tensor& y) {
-  ProductSm90 product = {};
-  product.weight = w;
-  product.gradient = !transposed;
-  product.in = x.const_data_ptr();
-  product.out = y.mutable_data_ptr();
-  product.tokens = rows_of(x);
-  return product;
+ProductSm90 hopper_product(const std::vector<Product>& products, bool transposed) {
+  ProductSm90 all = {};
+  all.count = static_cast<int>(products.size());
+  all.gradient = !transposed;
+  all.tokens = rows_of(products[0].x);
+  all.rank = products[0].low ? static_cast<int>(products[0].low->size(-1)) : 0;
+  for (size_t i = 0; i < products.size(); i++) {
+    const Product& one = products[i];
+    ProductSm90::Source& source = all.sources[i];
+    source.weight = one.w;
+    source.in = one.x.const_data_ptr();
+    source.out = const_cast<void*>(one.y.const_data_ptr());
+    source.bias = one.bias ? one.bias->const_data_ptr<float>() : nullptr;
+    source.low = one.low ? one.low->const_data_ptr() : nullptr;
+    source.factor = one.factor ? one.factor->const_data_ptr() : nullptr;
+  }
+  return all;
 }
 
 }  // namespace
 
-bool takes_term(const Tensor& x, const Weight& w, bool transposed, const Tensor& low, const Tensor& y) {
-  ProductSm90 product = hopper_product(x, w, transposed, y);
-  product.rank = static_cast<int>(low.size(-1));
-  product.low = low.const_data_ptr();
-  return product.rank > 0 && is_for_hopper(x, product);
+bool go_at_once(const std::vector<Product>& products, bool transposed) {
+  const Tensor& x = products[0].x;
+  if (x.scalar_type() != ScalarType::BFloat16 || products.size() > ProductSm90::kMost) return false;
+  const ProductSm90 all = hopper_product(products, transposed);
+  for (const Product& one : products) {
+    const int64_t rank = one.low ? one.low->size(-1) : 0;
+    if (one.y.numel() == 0 || (transposed && rank != all.rank)) return false;
+  }
+  if (!pays_on_hopper(all.tokens, transposed, all.rank > 0)) return false;
+  const OnDevice device(x);
+  return product_sm90_takes(all);
 }
 
-void multiply(const Tensor& x, const Weight& w, bool transposed, const std::optional<Tensor>& bias, Tensor& y,
-              const std::optional<Term>& term) {
+void multiply_at_once(const std::vector<Product>& products, bool transposed) {
+  std::vector<Product> own = products;
+  for (Product& one : own) {
+    if (one.bias) one.bias = packed(*one.bias);
+  }
+  const OnDevice device(own[0].x);
+  device.check(product_sm90(hopper_product(own, transposed), device.stream()));
+}
+
+void multiply(const Tensor& x, const Weight& w, bool transposed, const std::optional<Tensor>& bias, Tensor& y) {
   if (y.numel() == 0) return;
-  if (!term && are_few(x, w, transposed)) {
+  const std::vector<Product> one = {{x, w, y, bias, std::nullopt, std::nullopt}};
+  if (are_few(x, w, transposed)) {
     multiply_few(x, w, bias, false, y);
-    return;
-  }
-  ProductSm90 product = hopper_product(x, w, transposed, y);
-  if (term) {
-    product.rank = static_cast<int>(term->low.size(-1));
-    product.low = term->low.const_data_ptr();
-    product.factor = term->factor.const_data_ptr();
-  }
-  if (is_for_hopper(x, product)) {
-    std::optional<Tensor> own;
-    if (bias) own = packed(*bias);
-    product.bias = own ? own->const_data_ptr<float>() : nullptr;
-    const OnDevice device(x);
-    device.check(product_sm90(product, device.stream()));
-    return;
-  }
-  STD_TORCH_CHECK(!term, "takes_term has not agreed to this term");
-  if (bias) {
+  } else if (go_at_once(one, transposed)) {
+    multiply_at_once(one, transposed);
+  } else if (bias) {
     multiply_decoded(x, w, transposed, torch::stable::to(*bias, y.scalar_type()), 1.0, y);
   } else {
     multiply_decoded(x, w, transposed, y, 0.0, y);

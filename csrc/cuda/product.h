@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "../arguments.h"
 
@@ -10,19 +11,22 @@ namespace entrenar {
 // x as the matrix of its last dimension.
 Tensor matrix(const Tensor& x);
 
-// A term that a product adds before it rounds: low op(factor), where op is that of W. low [rows of x, rank], and
-// factor, which lies as W does, are contiguous and of x's dtype.
-struct Term {
-  Tensor low, factor;
+// y = x op(W) + bias + low op(factor), where op transposes or not: low is [rows of x, rank], and factor lies as W does.
+// All are contiguous matrices of one dtype, but a bias is float32.
+struct Product {
+  Tensor x;
+  Weight w;
+  Tensor y;
+  std::optional<Tensor> bias, low, factor;
 };
 
-// Whether multiply takes a term with that low.
-bool takes_term(const Tensor& x, const Weight& w, bool transposed, const Tensor& low, const Tensor& y);
+// Whether a kernel computes some products at once, each rounded once: several of one x, or, not transposed, their sum,
+// whose y, low and factor are the first's. No factor is looked at.
+bool go_at_once(const std::vector<Product>& products, bool transposed);
+void multiply_at_once(const std::vector<Product>& products, bool transposed);
 
-// y = x op(W) + bias + term, or y += x op(W), where op transposes or not. x and y are contiguous matrices of one dtype.
-// This is the place where a product chooses its way.
-void multiply(const Tensor& x, const Weight& w, bool transposed, const std::optional<Tensor>& bias, Tensor& y,
-              const std::optional<Term>& term = std::nullopt);
+// y = x op(W) + bias, or y += x op(W). This is the place where a product chooses its way.
+void multiply(const Tensor& x, const Weight& w, bool transposed, const std::optional<Tensor>& bias, Tensor& y);
 void multiply_add(const Tensor& x, const Weight& w, bool transposed, Tensor& y);
 
 // Kernels read codes and scales in whole words.

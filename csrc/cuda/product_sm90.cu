@@ -16,14 +16,21 @@ namespace {
 
 using namespace hopper;
 
-struct Arguments {
+struct Source {
   CUtensorMap in, codes, out, low;
   const uint16_t* scales;
   const float* bias;
   const uint16_t* factor;
+  int features;
+  int begin;  // the first of the product's tiles of features that are its; in the gradient of the steps
+};
+
+struct Arguments {
+  Source sources[ProductSm90::kMost];
+  int count;
   int64_t blocks;      // of a row
   int64_t first, end;  // of the tiles
-  int block, rank, features, steps, feature_tiles, token_tiles;
+  int block, rank, steps, feature_tiles, token_tiles;
   int parts;  // of the contraction, each a block's of a cluster
 };
 
@@ -44,29 +51,50 @@ struct Pipeline {
   __device__ uint32_t empty() const { return full() + 8; }
 };
 
+// Whose a tile of features is, or in the gradient a step.
+__device__ __forceinline__ const Source& source_of(const Arguments& p, int index) {
+  int i = 0;
+  while (i + 1 < p.count && index >= p.sources[i + 1].begin) i++;
+  return p.sources[i];
+}
+
+// A tile: its source, and where its features and tokens begin. In the gradient the first source has what is common.
+struct TileOf {
+  const Source& source;
+  int feature, token;
+
+  template <int kTokens, bool gradient>
+  static __device__ TileOf at(const Arguments& p, int64_t index) {
+    const Tile tile = tile_at(index, p.feature_tiles, p.token_tiles);
+    const Source& source = gradient ? p.sources[0] : source_of(p, tile.features);
+    return {source, (tile.features - (gradient ? 0 : source.begin)) * kFeatures, tile.tokens * kTokens};
+  }
+};
+
 template <bool gradient, int kTokens>
 __device__ void copy_tensors(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
   using L = Layout<kTokens>;
   const Range range = range_of(p.steps, p.rank, part, p.parts);
   for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
-    const Tile at = tile_at(tile, p.feature_tiles, p.token_tiles);
-    const int feature = at.features * kFeatures, token = at.tokens * kTokens;
-    for (int step = range.begin; step < range.end; step++) {
+    const auto of = TileOf::at<kTokens, gradient>(p, tile);
+    for (int i = range.begin; i < range.end; i++) {
+      const Source& source = gradient ? source_of(p, i) : of.source;
+      const int step = gradient ? i - source.begin : i;
       const uint32_t full = pipeline.full(), codes = shared_address(pipeline.codes());
       barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
       barrier_arrive_expect(full, L::kIn + kCodesBytes);
-      load_tile(shared_address(pipeline.in()), &p.in, step * kStep, token, full);
+      load_tile(shared_address(pipeline.in()), &source.in, step * kStep, of.token, full);
       if (gradient) {
-        load_tile(codes, &p.codes, feature / 2, step * kStep, full);
+        load_tile(codes, &source.codes, of.feature / 2, step * kStep, full);
       } else {
-        load_tile(codes, &p.codes, step * (kStep / 2), feature, full);
+        load_tile(codes, &source.codes, step * (kStep / 2), of.feature, full);
       }
       pipeline.next();
     }
     if (range.last) {
       barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
       barrier_arrive_expect(pipeline.full(), L::kIn);
-      load_tile(shared_address(pipeline.in()), &p.low, 0, token, pipeline.full());
+      load_tile(shared_address(pipeline.in()), &of.source.low, 0, of.token, pipeline.full());
       pipeline.next();
     }
   }
@@ -76,26 +104,30 @@ __device__ void copy_tensors(const Arguments& p, Pipeline<kTokens> pipeline, int
 // its row and of the row kScalers on; in the gradient those of the groups of features of its row.
 template <bool gradient>
 struct ScaleReader {
-  const uint16_t* at;
+  const Arguments& p;
+  const Source& source;
+  int64_t first;
   int stride, second;
   bool two;  // or one scale for both of a pair
 
-  __device__ ScaleReader(const Arguments& p, int feature, int thread) : two(p.block == int4::kGroup) {
+  __device__ ScaleReader(const Arguments& p, const Source& source, int feature, int thread)
+      : p(p), source(source), two(p.block == int4::kGroup) {
     const int blocks = (int)p.blocks;
     if (gradient) {
-      at = p.scales + thread * p.blocks + (two ? feature / int4::kGroup : feature / kStep);
+      first = thread * p.blocks + (two ? feature / int4::kGroup : feature / kStep);
       stride = kStep * blocks;
       second = two ? 2 : 1;
     } else {
-      at = p.scales + (feature + thread) * p.blocks;
+      first = (feature + thread) * p.blocks;
       stride = two ? 2 : 1;
       second = kScalers * blocks;
     }
-    if (feature + kWarpgroupFeatures >= p.features) second = 0;  // beyond the edge nothing is written
+    if (feature + kWarpgroupFeatures >= source.features) second = 0;  // beyond the edge nothing is written
   }
 
   __device__ uintptr_t address(int step, int pair) const {
-    return (uintptr_t)(at + (int64_t)step * stride + pair * second);
+    const Source& of = gradient ? source_of(p, step) : source;
+    return (uintptr_t)(of.scales + first + (int64_t)(gradient ? step - of.begin : step) * stride + pair * second);
   }
   // The word of memory that holds them: nothing may wait for it here.
   __device__ uint32_t read(int step, int pair) const {
@@ -119,8 +151,8 @@ __device__ void copy_scales(const Arguments& p, Pipeline<kTokens> pipeline, int 
     pipeline.next();
   };
   for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
-    const int feature = tile_at(tile, p.feature_tiles, p.token_tiles).features * kFeatures;
-    const ScaleReader<gradient> scales(p, feature, thread);
+    const auto of = TileOf::at<kTokens, gradient>(p, tile);
+    const ScaleReader<gradient> scales(p, of.source, of.feature, thread);
     uint32_t next[kGroupSteps][2];
     const auto read = [&](int first) {
 #pragma unroll
@@ -157,19 +189,19 @@ __device__ void copy_scales(const Arguments& p, Pipeline<kTokens> pipeline, int 
 
 // The factor of the last term: the fragment of 16 of its contraction, zero beyond its rank.
 template <bool gradient>
-__device__ void read_factor(uint32_t (&a)[4], const Arguments& p, int feature, int first) {
+__device__ void read_factor(uint32_t (&a)[4], const Source& source, int rank, int feature, int first) {
   const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
   for (int half = 0; half < 2; half++) {
-    const int64_t row = min(feature + feature_of(gradient, warp, lane, half), p.features - 1);
+    const int64_t row = min(feature + feature_of(gradient, warp, lane, half), source.features - 1);
     for (int i = 0; i < 2; i++) {
       const int k = first + 2 * (lane % 4) + 8 * i;
       uint32_t pair = 0;
-      if (k < p.rank) {
+      if (k < rank) {
         if (gradient) {
-          pair = __ldg(p.factor + k * (int64_t)p.features + row);
-          pair |= (uint32_t)__ldg(p.factor + (k + 1) * (int64_t)p.features + row) << 16;
+          pair = __ldg(source.factor + k * (int64_t)source.features + row);
+          pair |= (uint32_t)__ldg(source.factor + (k + 1) * (int64_t)source.features + row) << 16;
         } else {
-          pair = __ldg((const uint32_t*)(p.factor + row * p.rank + k));
+          pair = __ldg((const uint32_t*)(source.factor + row * rank + k));
         }
       }
       a[2 * i + half] = pair;
@@ -226,13 +258,13 @@ __device__ void add_parts(float (&sums)[kTokens / 2], char* shared, int part) {
 
 // The first of sums, those of slice tokens.
 template <bool gradient, int kTokens>
-__device__ void write(const Arguments& p, float (&sums)[kTokens / 2], char* out, int feature, int token, int slice) {
+__device__ void write(const Source& source, float (&sums)[kTokens / 2], char* out, int feature, int token, int slice) {
   const int warpgroup = (threadIdx.x - kFirstConsumer) / kWarpgroup, warp = threadIdx.x % kWarpgroup / kWarp;
   const int lane = threadIdx.x % kWarp;
-  if (!gradient && p.bias) {
+  if (!gradient && source.bias) {
     for (int half = 0; half < 2; half++) {
       const int row = feature + feature_of(gradient, warp, lane, half);
-      const float bias = row < p.features ? __ldg(p.bias + row) : 0;
+      const float bias = row < source.features ? __ldg(source.bias + row) : 0;
 #pragma unroll
       for (int i = 0; i < kTokens / 2; i += 4) {
         sums[i + 2 * half] += bias;
@@ -263,7 +295,7 @@ __device__ void write(const Arguments& p, float (&sums)[kTokens / 2], char* out,
   }
   fence_tensor_copies();
   warpgroup_sync(1 + warpgroup);
-  if (elected) store_tile(&p.out, feature, token, shared_address(out));
+  if (elected) store_tile(&source.out, feature, token, shared_address(out));
 }
 
 template <bool gradient, int kTokens>
@@ -277,8 +309,8 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
   Encoded<gradient> encoded;
 
   for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
-    const Tile at = tile_at(tile, p.feature_tiles, p.token_tiles);
-    const int feature = at.features * kFeatures + warpgroup * kWarpgroupFeatures;
+    const auto of = TileOf::at<kTokens, gradient>(p, tile);
+    const int feature = of.feature + warpgroup * kWarpgroupFeatures;
     uint32_t used = 0;
 
     // While the tensor cores multiply by one half of a stage, the next half is decoded. It is read before they are set
@@ -311,7 +343,7 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
     if (range.last) {
       uint32_t factor[4][4];
       for (int i = 0; i < 4; i++) {
-        if (16 * i < p.rank) read_factor<gradient>(factor[i], p, feature, 16 * i);
+        if (16 * i < p.rank) read_factor<gradient>(factor[i], of.source, p.rank, feature, 16 * i);
       }
       wgmma_wait<0>();
       release(used);
@@ -338,7 +370,7 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
         break;
     }
     const int slice = kTokens / p.parts;
-    write<gradient, kTokens>(p, sums, out, feature, at.tokens * kTokens + part * slice, slice);
+    write<gradient, kTokens>(of.source, sums, out, feature, of.token + part * slice, slice);
   }
   if (threadIdx.x % kWarpgroup == 0) wait_stores();
 }
@@ -353,7 +385,7 @@ __global__ __launch_bounds__(kThreads, Layout<kTokens>::kResident) void product_
   Pipeline<kTokens> pipeline;
   pipeline.shared = shared_memory();
   if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&p.in, &p.codes, &p.out}) prefetch_map(map);
+    for (const CUtensorMap* map : {&p.sources[0].in, &p.sources[0].codes, &p.sources[0].out}) prefetch_map(map);
     for (int i = 0; i < L::kStages; i++) {
       barrier_init(pipeline.full(), kFullArrivals);
       barrier_init(pipeline.empty(), kEmptyArrivals);
@@ -420,34 +452,66 @@ bool describe(CUtensorMap* map, const void* data, int64_t rows, int64_t columns,
                         CU_TENSOR_MAP_SWIZZLE_128B});
 }
 
+// What the product has in all: tiles of features, and steps of the contraction.
+struct Extent {
+  int feature_tiles = 0, steps = 0;
+};
+
+Extent extent_of(const ProductSm90& product, int sources) {
+  Extent extent;
+  for (int i = 0; i < sources; i++) {
+    const Weight& w = product.sources[i].weight;
+    if (product.gradient) {
+      extent.feature_tiles = (int)tiles(w.columns, kFeatures);
+      extent.steps += (int)(w.rows / kStep);
+    } else {
+      extent.feature_tiles += (int)tiles(w.rows, kFeatures);
+      extent.steps = (int)(w.columns / kStep);
+    }
+  }
+  return extent;
+}
+
+template <bool gradient, int kTokens>
+bool describe(Source* source, const ProductSm90& product, int index, int parts) {
+  const ProductSm90::Source& of = product.sources[index];
+  const Weight& w = of.weight;
+  const int64_t features = gradient ? w.columns : w.rows, contraction = gradient ? w.rows : w.columns;
+  source->scales = (const uint16_t*)w.scales;
+  source->bias = of.bias;
+  source->factor = (const uint16_t*)of.factor;
+  source->features = (int)features;
+  const Extent before = extent_of(product, index);
+  source->begin = gradient ? before.steps : before.feature_tiles;
+  const Matrix codes = {CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, w.rows, int4::row_bytes(w.columns),
+                        gradient ? kStep : kFeatures, (gradient ? kFeatures : kStep) / 2,
+                        gradient ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B};
+  if (!describe(&source->codes, codes)) return false;
+  if (!describe(&source->in, of.in, product.tokens, contraction, kTokens)) return false;
+  if (gradient && index > 0) return true;
+  return describe(&source->out, of.out, product.tokens, features, kTokens / parts) &&
+         (!product.rank || describe(&source->low, of.low, product.tokens, product.rank, kTokens));
+}
+
 template <bool gradient, int kTokens>
 int launch(const ProductSm90& product, const Work& work, int processors, cudaStream_t stream) {
   using L = Layout<kTokens>;
-  const Weight& w = product.weight;
-  const int64_t features = gradient ? w.columns : w.rows, contraction = gradient ? w.rows : w.columns;
+  const Weight& w = product.sources[0].weight;
+  const Extent extent = extent_of(product, product.count);
   Arguments p = {};
-  p.scales = (const uint16_t*)w.scales;
-  p.bias = product.bias;
-  p.factor = (const uint16_t*)product.factor;
+  p.count = product.count;
   p.blocks = int4::blocks(w.columns, w.block);
   p.block = w.block;
   p.rank = product.rank;
-  p.features = (int)features;
-  p.steps = (int)(contraction / kStep);
-  p.feature_tiles = (int)tiles(features, kFeatures);
+  p.steps = extent.steps;
+  p.feature_tiles = extent.feature_tiles;
   p.token_tiles = (int)tiles(product.tokens, kTokens);
   p.first = work.first;
   p.end = work.end;
   p.parts = work.parts;
-
-  const Matrix codes = {CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, w.rows, int4::row_bytes(w.columns),
-                        gradient ? kStep : kFeatures, (gradient ? kFeatures : kStep) / 2,
-                        gradient ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B};
-  if (!describe(&p.codes, codes) || !describe(&p.in, product.in, product.tokens, contraction, kTokens) ||
-      !describe(&p.out, product.out, product.tokens, features, kTokens / p.parts)) {
-    return cudaErrorInvalidValue;
+  for (int i = 0; i < p.count; i++) {
+    if (!describe<gradient, kTokens>(&p.sources[i], product, i, p.parts)) return cudaErrorInvalidValue;
   }
-  if (p.rank && !describe(&p.low, product.low, product.tokens, p.rank, kTokens)) return cudaErrorInvalidValue;
 
   const auto kernel = product_kernel<gradient, kTokens>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
@@ -512,15 +576,21 @@ bool aligned(const void* pointer, int bytes) { return (uintptr_t)pointer % bytes
 
 bool product_sm90_takes(const ProductSm90& product) {
   using namespace sm90;
-  const Weight& w = product.weight;
-  constexpr int64_t kMost = INT32_MAX / 4;  // tiles at the edges reach beyond
-  if (!w.codes || w.float32_scales || (w.block != 64 && w.block != 32)) return false;
-  if (w.rows == 0 || w.rows % kStep || w.rows > kMost) return false;
-  if (w.columns == 0 || w.columns % kStep || w.columns > kMost || product.tokens > kMost) return false;
-  if (!aligned(product.in, 16) || !aligned(product.out, 16)) return false;
-  if (!aligned(w.codes, 16) || !aligned(w.scales, 4)) return false;
+  constexpr int64_t kMost = INT32_MAX / 4 / ProductSm90::kMost;  // tiles at the edges reach beyond
+  if (product.count < 1 || product.count > ProductSm90::kMost || product.tokens > kMost) return false;
   if (product.rank % 8 || product.rank < 0 || product.rank > kMaxRank) return false;
-  if (product.rank && (!aligned(product.low, 16) || !aligned(product.factor, 4))) return false;
+  const Weight& first = product.sources[0].weight;
+  for (int i = 0; i < product.count; i++) {
+    const ProductSm90::Source& source = product.sources[i];
+    const Weight& w = source.weight;
+    if (!w.codes || w.float32_scales || (w.block != 64 && w.block != 32)) return false;
+    if (w.block != first.block || w.columns != first.columns) return false;
+    if (w.rows == 0 || w.rows % kStep || w.rows > kMost) return false;
+    if (w.columns == 0 || w.columns % kStep || w.columns > kMost) return false;
+    if (!aligned(source.in, 16) || !aligned(source.out, 16)) return false;
+    if (!aligned(w.codes, 16) || !aligned(w.scales, 4)) return false;
+    if (!aligned(source.low, 16) || !aligned(source.factor, 4)) return false;
+  }
   const Device device;
   if (device.major != 9 || device.minor != 0) return false;
   static const bool ready = all_compiled<64, 128, 256>();
@@ -531,9 +601,8 @@ int product_sm90(const ProductSm90& product, void* stream) {
   using namespace sm90;
   if (product.tokens == 0) return cudaSuccess;
   const Device device;
-  const int64_t features = product.gradient ? product.weight.columns : product.weight.rows;
-  const int64_t contraction = product.gradient ? product.weight.rows : product.weight.columns;
-  const Plan plan = choose(product.gradient, features, product.tokens, contraction, device.processors);
+  const Extent extent = extent_of(product, product.count);
+  const Plan plan = choose(product.gradient, extent.feature_tiles, product.tokens, extent.steps, device.processors);
   for (const Work& work : {plan.whole, plan.shared}) {
     if (work.first == work.end) continue;
     const int status = launch(product, work, device.processors, (cudaStream_t)stream);

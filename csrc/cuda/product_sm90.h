@@ -1,24 +1,30 @@
-// Products with an int4 weight on Hopper, which decode it on the way to the tensor cores. Plain C types.
+// Products with int4 weights on Hopper, which decode them on the way to the tensor cores. Plain C types.
 #pragma once
 
 #include "../weight.h"
 
 namespace entrenar {
 
-// out = in W^T + bias + low factor^T, or the gradient, out = in W + low factor; row-major bfloat16.
+// out_i = in W_i^T + bias_i + low_i factor_i^T for several weights that share their columns, or the gradient,
+// out = sum of in_i W_i, + low factor; row-major bfloat16.
 struct ProductSm90 {
-  Weight weight;
+  static constexpr int kMost = 3;
+  struct Source {
+    Weight weight;
+    const void* in;      // [tokens, columns of W], the same for all; in the gradient [tokens, rows of W]
+    void* out;           // [tokens, rows of W]; in the gradient [tokens, columns of W], the first's
+    const float* bias;   // [rows of W], or null; not in the gradient
+    const void* low;     // [tokens, rank]; in the gradient the first's
+    const void* factor;  // [rows of W, rank]; in the gradient [rank, columns of W], the first's
+  };
+  Source sources[kMost];
+  int count;
   bool gradient;
-  const void* in;      // [tokens, columns of W], in the gradient [tokens, rows of W]
-  void* out;           // [tokens, rows of W], in the gradient [tokens, columns of W]
   int64_t tokens;
-  const float* bias;   // [rows of W], or null; not in the gradient
-  int rank;            // 0 leaves out the last term
-  const void* low;     // [tokens, rank]
-  const void* factor;  // [rows of W, rank], in the gradient [rank, columns of W]
+  int rank;  // 0 leaves out the last term
 };
 
-// Whether product_sm90 can compute it, on the current device.
+// Whether product_sm90 can compute it, on the current device. No factor is looked at.
 bool product_sm90_takes(const ProductSm90& product);
 
 // Returns a cudaError_t.

@@ -22,7 +22,7 @@ int main(int, char** arguments) {
     for (int64_t features = kStep; features <= 16384; features += kStep) {
       for (int64_t tokens = kFewest; tokens <= kMost; tokens += 21) {  // not of a tile's size
         for (const bool gradient : {false, true}) {
-          const Plan plan = choose(gradient, features, tokens, contraction, processors);
+          const Plan plan = choose(gradient, tiles(features, kFeatures), tokens, contraction / kStep, processors);
           const bool is_cut = plan.shared.first < plan.shared.end, has_whole = plan.whole.first < plan.whole.end;
           const int64_t numbers = features * contraction + features * tokens + tokens * contraction;
           Product& found = smallest[{gradient, plan.whole.tokens, is_cut ? plan.shared.parts : 1, has_whole}];

@@ -343,7 +343,7 @@ void test_plans() {
     for (int64_t features : {64, 192, 576, 4096, 11008}) {
       for (int64_t contraction : {64, 192, 576, 4096, 11008}) {
         for (int64_t tokens : {1, 37, 128, 512, 1000, 2048, 4096, 100000}) {
-          const Plan plan = choose(tokens % 2, features, tokens, contraction, processors);
+          const Plan plan = choose(tokens % 2, tiles(features, kFeatures), tokens, contraction / kStep, processors);
           const Work &a = plan.whole, &b = plan.shared;
           const int64_t count = tiles(features, kFeatures) * tiles(tokens, a.tokens);
           const bool right = a.tokens == b.tokens && a.parts == 1 && a.first == 0 && a.end == b.first &&

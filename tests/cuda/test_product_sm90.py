@@ -7,13 +7,14 @@ import pathlib
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from entrenar.autograd.ops import int4_dequantize, int4_linear, int4_lora_linear, int4_quantize
+from entrenar.autograd.ops import int4_dequantize, int4_linear, int4_lora_linear, int4_lora_linears, int4_quantize
 
 HERE = pathlib.Path(__file__).parent
 BLOCK, RANK, SCALING = 64, 8, 0.5
@@ -27,6 +28,9 @@ CUTS = [
     for whole in (False, True)
     if 16 * parts <= tokens and (parts > 1 or whole) and not (tokens == 64 and parts > 1 and whole)
 ]
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
@@ -63,19 +67,51 @@ def test_products_are_found_for_every_cut_that_can_be(processors, cuts):
 
 
 @needs_compiler
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
+@needs_hopper
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_every_cut_gives_the_results_of_float64(cut, cuts):
     torch.set_default_device("cuda")
     gradient, tokens, *_ = cut
     sizes = cuts(torch.cuda.get_device_properties(0).multi_processor_count)[cut]
+    kernels = product_kernels(lambda: (check_gradients if gradient else check_results)(*sizes))
+    assert {n for of_gradient, n in kernels if of_gradient == gradient} == {tokens}
+
+
+def product_kernels(run: Callable[[], None]) -> list[tuple[bool, int]]:
+    """Of each launch of the kernel, whether it was of a gradient, and the tokens of its tiles."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        (check_gradients if gradient else check_results)(*sizes)
+        run()
         torch.cuda.synchronize()
     kernels = re.findall(r"product_kernel<(\w+), (\d+)>", " ".join(event.name for event in seen.events()))
-    assert {n for of_gradient, n in kernels if of_gradient == str(gradient).lower()} == {str(tokens)}
+    return [(gradient == "true", int(tokens)) for gradient, tokens in kernels]
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    ("tokens", "columns", "sizes"),
+    [(130, 192, (128, 64, 320)), (700, 1024, (2048, 512, 512)), (2100, 576, (1600, 1472))],
+)
+def test_products_at_one_x_are_one_product(tokens, columns, sizes):
+    torch.set_default_device("cuda")
+    layers = [make_layer(rows, columns) for rows in sizes]
+    w, codes, scales, As, Bs = zip(*layers, strict=True)
+    bias = [30 * torch.randn(rows) for rows in sizes]
+    x = torch.randn(tokens, columns).bfloat16().requires_grad_()
+    dys = [torch.randn(tokens, rows).bfloat16() for rows in sizes]
+
+    def run() -> None:
+        ys = int4_lora_linears(x, codes, scales, bias, As, Bs, SCALING, block=BLOCK)
+        (dx,) = torch.autograd.grad(ys, x, dys)
+        for y, w_i, b, A, B in zip(ys, w, bias, As, Bs, strict=True):
+            assert_near(y, x.double() @ w_i.T + b + low(x, A.T) @ B.bfloat16().double().T)
+        parts = [
+            dy.double() @ w_i + low(dy, B) @ A.bfloat16().double() for dy, w_i, A, B in zip(dys, w, As, Bs, strict=True)
+        ]
+        assert_near(dx, sum(parts))
+
+    kernels = product_kernels(run)
+    for gradient in (False, True):  # whole tiles, and those whose contraction is shared out
+        assert 1 <= sum(of == gradient for of, _ in kernels) <= 2
 
 
 def check_results(features: int, tokens: int, contraction: int) -> None:
