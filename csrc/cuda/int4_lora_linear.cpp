@@ -38,16 +38,7 @@ Tensor stacked_A(const Tensor& x, const std::vector<Layer>& layers) {
   return stacked;
 }
 
-// B as it lies, in bfloat16.
-Tensor rounded_B(const Tensor& x, const Layer& layer) {
-  const OnDevice device(x);
-  Tensor factor = torch::stable::new_empty(x, {layer.w.rows, layer.rank});
-  device.check(skinny_factor_cuda(layer.B.const_data_ptr<float>(), 1, factor.numel(), 0, 1, bits_of(factor),
-                                  device.stream()));
-  return factor;
-}
-
-// And Bᵀ.
+// Bᵀ
 Tensor transposed_B(const Tensor& x, const Layer& layer) {
   if (!is_bfloat16(x)) return transpose(layer.B, 0, 1);
   const OnDevice device(x);
@@ -101,10 +92,9 @@ Tensors project_up(const Tensor& x, const Tensors& us, const std::vector<Layer>&
   std::vector<Product> products;
   for (size_t i = 0; i < layers.size(); i++) {
     ys.push_back(empty_with_last(x, layers[i].w.rows));
-    products.push_back({matrix(x), layers[i].w, matrix(ys[i]), biases[i], matrix(us[i]), std::nullopt});
+    products.push_back({matrix(x), layers[i].w, matrix(ys[i]), biases[i], matrix(us[i]), layers[i].B});
   }
   if (go_at_once(products, true)) {
-    for (size_t i = 0; i < layers.size(); i++) products[i].factor = rounded_B(x, layers[i]);
     multiply_at_once(products, true);
   } else {
     for (size_t i = 0; i < layers.size(); i++) add_up(products[i], layers[i]);
@@ -135,19 +125,17 @@ Tensor side_by_side(const Tensors& parts, int64_t columns) {
 Tensor sum_back(const Tensor& x, const Tensors& dys, const Tensors& dus, const std::vector<Layer>& layers) {
   Tensor sum = empty_as(x), flat = matrix(sum);
   if (sum.numel() == 0) return sum;
-  std::optional<Tensor> low, A;
-  if (!dus.empty()) {
-    low = matrix(side_by_side(dus, ranks_of(layers)));
-    A = stacked_A(x, layers);
-  }
+  std::optional<Tensor> low;
+  if (!dus.empty()) low = matrix(side_by_side(dus, ranks_of(layers)));
   std::vector<Product> products;
-  for (size_t i = 0; i < dys.size(); i++) products.push_back({matrix(dys[i]), layers[i].w, flat, {}, {}, {}});
-  if (!products.empty()) products[0].low = low, products[0].factor = A;
+  for (size_t i = 0; i < dys.size(); i++) {
+    products.push_back({matrix(dys[i]), layers[i].w, flat, {}, low, low ? std::optional(layers[i].A) : std::nullopt});
+  }
   if (!products.empty() && go_at_once(products, false)) {
     multiply_at_once(products, false);
     return sum;
   }
-  if (low) addmm(flat, flat, *low, *A, 0.0);
+  if (low) addmm(flat, flat, *low, stacked_A(x, layers), 0.0);
   for (size_t i = 0; i < dys.size(); i++) {
     if (i == 0 && !low) {
       multiply(matrix(dys[i]), layers[i].w, false, std::nullopt, flat);

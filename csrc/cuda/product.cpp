@@ -69,12 +69,16 @@ bool pays_on_hopper(int64_t rows, bool transposed, bool with_term) {
   return rows >= kManyRows && (transposed || rows < (with_term ? kManyGradientRowsWithTerm : kManyGradientRows));
 }
 
+int rank_of(const Product& product, bool transposed) {
+  return product.factor ? static_cast<int>(product.factor->size(transposed ? -1 : 0)) : 0;
+}
+
 ProductSm90 hopper_product(const std::vector<Product>& products, bool transposed) {
   ProductSm90 all = {};
   all.count = static_cast<int>(products.size());
   all.gradient = !transposed;
   all.tokens = rows_of(products[0].x);
-  all.rank = products[0].low ? static_cast<int>(products[0].low->size(-1)) : 0;
+  all.rank = rank_of(products[0], transposed);
   for (size_t i = 0; i < products.size(); i++) {
     const Product& one = products[i];
     ProductSm90::Source& source = all.sources[i];
@@ -83,7 +87,7 @@ ProductSm90 hopper_product(const std::vector<Product>& products, bool transposed
     source.out = const_cast<void*>(one.y.const_data_ptr());
     source.bias = one.bias ? one.bias->const_data_ptr<float>() : nullptr;
     source.low = one.low ? one.low->const_data_ptr() : nullptr;
-    source.factor = one.factor ? one.factor->const_data_ptr() : nullptr;
+    source.factor = one.factor ? one.factor->const_data_ptr<float>() : nullptr;
   }
   return all;
 }
@@ -95,8 +99,7 @@ bool go_at_once(const std::vector<Product>& products, bool transposed) {
   if (x.scalar_type() != ScalarType::BFloat16 || products.size() > ProductSm90::kMost) return false;
   const ProductSm90 all = hopper_product(products, transposed);
   for (const Product& one : products) {
-    const int64_t rank = one.low ? one.low->size(-1) : 0;
-    if (one.y.numel() == 0 || (transposed && rank != all.rank)) return false;
+    if (one.y.numel() == 0 || rank_of(one, transposed) != all.rank) return false;
   }
   if (!pays_on_hopper(all.tokens, transposed, all.rank > 0)) return false;
   const OnDevice device(x);

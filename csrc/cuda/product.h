@@ -12,7 +12,7 @@ namespace entrenar {
 Tensor matrix(const Tensor& x);
 
 // y = x op(W) + bias + low op(factor), where op transposes or not: low is [rows of x, rank], and factor lies as W does.
-// All are contiguous matrices of one dtype, but a bias is float32.
+// All are contiguous; x, y and low of one dtype, bias and factor float32.
 struct Product {
   Tensor x;
   Weight w;
@@ -21,7 +21,7 @@ struct Product {
 };
 
 // Whether a kernel computes some products at once, each rounded once: several of one x, or, not transposed, their sum,
-// whose y, low and factor are the first's. No factor is looked at.
+// which is the first's y; the first's low then has those of all side by side.
 bool go_at_once(const std::vector<Product>& products, bool transposed);
 void multiply_at_once(const std::vector<Product>& products, bool transposed);
 

@@ -19,8 +19,7 @@ using namespace hopper;
 struct Source {
   CUtensorMap in, codes, out, low;
   const uint16_t* scales;
-  const float* bias;
-  const uint16_t* factor;
+  const float *bias, *factor;
   int features;
   int begin;  // the first of the product's tiles of features that are its; in the gradient of the steps
 };
@@ -30,7 +29,7 @@ struct Arguments {
   int count;
   int64_t blocks;      // of a row
   int64_t first, end;  // of the tiles
-  int block, rank, steps, feature_tiles, token_tiles;
+  int block, rank, low_columns, steps, feature_tiles, token_tiles;
   int parts;  // of the contraction, each a block's of a cluster
 };
 
@@ -187,21 +186,27 @@ __device__ void copy_scales(const Arguments& p, Pipeline<kTokens> pipeline, int 
   }
 }
 
+__device__ __forceinline__ uint32_t narrow(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *(const uint32_t*)&pair;
+}
+
 // The factor of the last term: the fragment of 16 of its contraction, zero beyond its rank.
 template <bool gradient>
-__device__ void read_factor(uint32_t (&a)[4], const Source& source, int rank, int feature, int first) {
+__device__ void read_factor(uint32_t (&a)[4], const Arguments& p, const Source& source, int feature, int first) {
   const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
   for (int half = 0; half < 2; half++) {
     const int64_t row = min(feature + feature_of(gradient, warp, lane, half), source.features - 1);
     for (int i = 0; i < 2; i++) {
       const int k = first + 2 * (lane % 4) + 8 * i;
       uint32_t pair = 0;
-      if (k < rank) {
+      if (k < p.low_columns) {
         if (gradient) {
-          pair = __ldg(source.factor + k * (int64_t)source.features + row);
-          pair |= (uint32_t)__ldg(source.factor + (k + 1) * (int64_t)source.features + row) << 16;
+          const float* const at = p.sources[k / p.rank].factor + k % p.rank * (int64_t)source.features + row;
+          pair = narrow(__ldg(at), __ldg(at + source.features));
         } else {
-          pair = __ldg((const uint32_t*)(source.factor + row * rank + k));
+          const float2 both = __ldg((const float2*)(source.factor + row * p.rank + k));
+          pair = narrow(both.x, both.y);
         }
       }
       a[2 * i + half] = pair;
@@ -275,10 +280,6 @@ __device__ void write(const Source& source, float (&sums)[kTokens / 2], char* ou
   const bool elected = threadIdx.x % kWarpgroup == 0;
   if (elected) wait_stores_read();
   warpgroup_sync(1 + warpgroup);
-  const auto narrow = [](float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *(const uint32_t*)&pair;
-  };
 #pragma unroll
   for (int i = 0; i < kTokens / 8; i += 2) {
     if (8 * i >= slice) break;
@@ -343,14 +344,14 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
     if (range.last) {
       uint32_t factor[4][4];
       for (int i = 0; i < 4; i++) {
-        if (16 * i < p.rank) read_factor<gradient>(factor[i], of.source, p.rank, feature, 16 * i);
+        if (16 * i < p.low_columns) read_factor<gradient>(factor[i], p, of.source, feature, 16 * i);
       }
       wgmma_wait<0>();
       release(used);
       barrier_wait(pipeline.full(), pipeline.place.parity);
       const uint64_t in = wgmma_rows(shared_address(pipeline.in()));
       for (int i = 0; i < 4; i++) {
-        if (16 * i >= p.rank) break;
+        if (16 * i >= p.low_columns) break;
         for (uint32_t& pair : factor[i]) pin(pair);
         wgmma_fence();
         wgmma(sums, factor[i], in + i * kWgmmaNext, true);
@@ -472,6 +473,8 @@ Extent extent_of(const ProductSm90& product, int sources) {
   return extent;
 }
 
+int low_columns(const ProductSm90& product) { return product.gradient ? product.count * product.rank : product.rank; }
+
 template <bool gradient, int kTokens>
 bool describe(Source* source, const ProductSm90& product, int index, int parts) {
   const ProductSm90::Source& of = product.sources[index];
@@ -479,7 +482,7 @@ bool describe(Source* source, const ProductSm90& product, int index, int parts) 
   const int64_t features = gradient ? w.columns : w.rows, contraction = gradient ? w.rows : w.columns;
   source->scales = (const uint16_t*)w.scales;
   source->bias = of.bias;
-  source->factor = (const uint16_t*)of.factor;
+  source->factor = of.factor;
   source->features = (int)features;
   const Extent before = extent_of(product, index);
   source->begin = gradient ? before.steps : before.feature_tiles;
@@ -490,7 +493,7 @@ bool describe(Source* source, const ProductSm90& product, int index, int parts) 
   if (!describe(&source->in, of.in, product.tokens, contraction, kTokens)) return false;
   if (gradient && index > 0) return true;
   return describe(&source->out, of.out, product.tokens, features, kTokens / parts) &&
-         (!product.rank || describe(&source->low, of.low, product.tokens, product.rank, kTokens));
+         (!product.rank || describe(&source->low, of.low, product.tokens, low_columns(product), kTokens));
 }
 
 template <bool gradient, int kTokens>
@@ -503,6 +506,7 @@ int launch(const ProductSm90& product, const Work& work, int processors, cudaStr
   p.blocks = int4::blocks(w.columns, w.block);
   p.block = w.block;
   p.rank = product.rank;
+  p.low_columns = low_columns(product);
   p.steps = extent.steps;
   p.feature_tiles = extent.feature_tiles;
   p.token_tiles = (int)tiles(product.tokens, kTokens);
@@ -578,7 +582,7 @@ bool product_sm90_takes(const ProductSm90& product) {
   using namespace sm90;
   constexpr int64_t kMost = INT32_MAX / 4 / ProductSm90::kMost;  // tiles at the edges reach beyond
   if (product.count < 1 || product.count > ProductSm90::kMost || product.tokens > kMost) return false;
-  if (product.rank % 8 || product.rank < 0 || product.rank > kMaxRank) return false;
+  if (product.rank % 8 || product.rank < 0 || low_columns(product) > kMaxRank) return false;
   const Weight& first = product.sources[0].weight;
   for (int i = 0; i < product.count; i++) {
     const ProductSm90::Source& source = product.sources[i];
@@ -589,7 +593,7 @@ bool product_sm90_takes(const ProductSm90& product) {
     if (w.columns == 0 || w.columns % kStep || w.columns > kMost) return false;
     if (!aligned(source.in, 16) || !aligned(source.out, 16)) return false;
     if (!aligned(w.codes, 16) || !aligned(w.scales, 4)) return false;
-    if (!aligned(source.low, 16) || !aligned(source.factor, 4)) return false;
+    if (!aligned(source.low, 16) || !aligned(source.factor, 8)) return false;
   }
   const Device device;
   if (device.major != 9 || device.minor != 0) return false;
