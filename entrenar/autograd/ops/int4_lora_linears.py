@@ -35,7 +35,7 @@ def int4_lora_linears(
     """The results of `int4_lora_linear` at one x, for lists of up to 8 weights that share scaling, block and int8.
 
     On the CPU the same bits as one call each; a GPU may take the sums in another order. x is read once for all x Aᵀ,
-    and its gradient is one sum: dx = Σ dy_i W_i + du_i A_i with du_i = scaling dy_i B_i; dA_i = du_iᵀ x, dB_i = dy_iᵀ u_i.
+    and its gradient is one sum: dx = Σ dy_i W_i + du_i A_i, du_i = scaling dy_i B_i, dA_i = du_iᵀ x, dB_i = dy_iᵀ u_i.
     The CPU rounds that sum once, and so does Hopper's kernel; else CUDA, in bfloat16, after each dy_i W_i. Arguments,
     dtypes and errors are those of `int4_lora_linear`, with a list for each that differs between the weights. There is
     no second derivative: asking for one raises.
