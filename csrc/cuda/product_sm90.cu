@@ -73,7 +73,7 @@ struct TileOf {
 template <bool gradient, int kTokens>
 __device__ void copy_tensors(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
   using L = Layout<kTokens>;
-  const Range range = range_of(p.steps, p.rank, part, p.parts);
+  const Range range = range_of(p.steps, p.low_columns, part, p.parts);
   for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
     const auto of = TileOf::at<kTokens, gradient>(p, tile);
     for (int i = range.begin; i < range.end; i++) {
@@ -90,10 +90,10 @@ __device__ void copy_tensors(const Arguments& p, Pipeline<kTokens> pipeline, int
       }
       pipeline.next();
     }
-    if (range.last) {
+    for (int i = 0; i < range.low_steps; i++) {
       barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
       barrier_arrive_expect(pipeline.full(), L::kIn);
-      load_tile(shared_address(pipeline.in()), &of.source.low, 0, of.token, pipeline.full());
+      load_tile(shared_address(pipeline.in()), &of.source.low, i * kStep, of.token, pipeline.full());
       pipeline.next();
     }
   }
@@ -143,7 +143,7 @@ template <bool gradient, int kTokens>
 __device__ void copy_scales(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
   constexpr int kGroupSteps = Layout<kTokens>::kGroupSteps;
   const int thread = threadIdx.x - kFirstScaler;
-  const Range range = range_of(p.steps, p.rank, part, p.parts);
+  const Range range = range_of(p.steps, p.low_columns, part, p.parts);
   const auto publish = [&] {
     __syncwarp();
     if (thread % kWarp == 0) barrier_arrive(pipeline.full());
@@ -179,7 +179,7 @@ __device__ void copy_scales(const Arguments& p, Pipeline<kTokens> pipeline, int 
         publish();
       }
     }
-    if (range.last) {
+    for (int i = 0; i < range.low_steps; i++) {
       barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
       publish();
     }
@@ -304,7 +304,7 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
   using L = Layout<kTokens>;
   const int thread = threadIdx.x - kFirstConsumer, warpgroup = thread / kWarpgroup;
   char* const out = pipeline.shared + L::kStages * L::kStage + warpgroup * L::kWarpgroupOut;
-  const Range range = range_of(p.steps, p.rank, part, p.parts);
+  const Range range = range_of(p.steps, p.low_columns, part, p.parts);
   float sums[kTokens / 2];
   Fragments a[2];
   Encoded<gradient> encoded;
@@ -341,17 +341,17 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
         decode(a[0], encoded, thread);
       }
     }
-    if (range.last) {
-      uint32_t factor[4][4];
-      for (int i = 0; i < 4; i++) {
-        if (16 * i < p.low_columns) read_factor<gradient>(factor[i], p, of.source, feature, 16 * i);
+    for (int first = 0; first < range.low_steps * kStep; first += kStep) {
+      uint32_t factor[kStep / 16][4];
+      for (int i = 0; i < kStep / 16; i++) {
+        if (first + 16 * i < p.low_columns) read_factor<gradient>(factor[i], p, of.source, feature, first + 16 * i);
       }
       wgmma_wait<0>();
       release(used);
       barrier_wait(pipeline.full(), pipeline.place.parity);
       const uint64_t in = wgmma_rows(shared_address(pipeline.in()));
-      for (int i = 0; i < 4; i++) {
-        if (16 * i >= p.low_columns) break;
+      for (int i = 0; i < kStep / 16; i++) {
+        if (first + 16 * i >= p.low_columns) break;
         for (uint32_t& pair : factor[i]) pin(pair);
         wgmma_fence();
         wgmma(sums, factor[i], in + i * kWgmmaNext, true);
@@ -582,7 +582,7 @@ bool product_sm90_takes(const ProductSm90& product) {
   using namespace sm90;
   constexpr int64_t kMost = INT32_MAX / 4 / ProductSm90::kMost;  // tiles at the edges reach beyond
   if (product.count < 1 || product.count > ProductSm90::kMost || product.tokens > kMost) return false;
-  if (product.rank % 8 || product.rank < 0 || low_columns(product) > kMaxRank) return false;
+  if (product.rank % 8 || product.rank < 0 || product.rank > kMost) return false;
   const Weight& first = product.sources[0].weight;
   for (int i = 0; i < product.count; i++) {
     const ProductSm90::Source& source = product.sources[i];

@@ -11,7 +11,6 @@ constexpr int kConsumers = 2;
 constexpr int kFirstConsumer = kWarpgroup, kFirstScaler = kWarpgroup / 2;  // before them one thread copies tensors
 constexpr int kScalers = kFirstConsumer - kFirstScaler;
 constexpr int kThreads = kFirstConsumer + kConsumers * kWarpgroup;
-constexpr int kMaxRank = kStep;  // the last term is one more step
 constexpr int kMaxParts = 8;     // blocks of a cluster
 constexpr int kLeastSlice = 16;  // tokens of a part of a tile that store_matrices_transposed writes
 constexpr int kRegisters = 65536, kMaxShared = 227 * 1024, kProcessorShared = 228 * 1024, kReservedShared = 1024;
@@ -57,15 +56,16 @@ INT4_HD Place after(Place place) {
   return place.stage + 1 == kStages ? Place{0, place.parity ^ 1} : Place{place.stage + 1, place.parity};
 }
 
-// The steps of a part of the contraction.
+// The steps of a part of the contraction, and how many of the last term follow them: the last part has those.
 struct Range {
-  int begin, end;
-  bool last;  // the last term is its
+  int begin, end, low_steps;
 };
 
-INT4_HD Range range_of(int steps, int rank, int part, int parts) {
+INT4_HD int steps_of_low(int columns) { return (columns + kStep - 1) / kStep; }
+
+INT4_HD Range range_of(int steps, int low_columns, int part, int parts) {
   return {(int)((int64_t)steps * part / parts), (int)((int64_t)steps * (part + 1) / parts),
-          rank > 0 && part == parts - 1};
+          part == parts - 1 ? steps_of_low(low_columns) : 0};
 }
 
 // Some of a product's tiles, of that many tokens, each by the blocks of a cluster that share out the contraction.

@@ -27,15 +27,15 @@ using Script = std::vector<Entry>;
 
 struct Case {
   Work work;
-  int steps, rank, blocks;
+  int steps, low_columns, blocks;
 
   // What a block's loops go through, as in the kernel.
   template <class Each>
   void each_tile(int block, Each each) const {
     for (int64_t tile = work.first + block / work.parts; tile < work.end; tile += blocks / work.parts) each((int)tile);
   }
-  Range range(int block) const { return range_of(steps, rank, block % work.parts, work.parts); }
-  int content(int tile, int step) const { return tile * (steps + 1) + step; }
+  Range range(int block) const { return range_of(steps, low_columns, block % work.parts, work.parts); }
+  int content(int tile, int step) const { return tile * (steps + steps_of_low(low_columns)) + step; }
 };
 
 template <int kTokens>
@@ -50,7 +50,7 @@ Script tensors(const Case& c, int block) {
   };
   c.each_tile(block, [&](int tile) {
     for (int step = range.begin; step < range.end; step++) load(c.content(tile, step), false);
-    if (range.last) load(c.content(tile, c.steps), true);
+    for (int i = 0; i < range.low_steps; i++) load(c.content(tile, c.steps + i), true);
   });
   return script;
 }
@@ -73,7 +73,7 @@ Script scales(const Case& c, int block) {
         publish(c.content(tile, first + i), false);
       }
     }
-    if (range.last) publish(c.content(tile, c.steps), true);
+    for (int i = 0; i < range.low_steps; i++) publish(c.content(tile, c.steps + i), true);
   });
   return script;
 }
@@ -102,10 +102,10 @@ Script consumer(const Case& c, int block) {
       place = after<Layout<kTokens>::kStages>(place);
       if (step + 1 < range.end) wait(c.content(tile, step + 1), false);
     }
-    if (range.last) {
+    for (int i = 0; i < range.low_steps; i++) {
       release();
-      wait(c.content(tile, c.steps), true);
-      used = {kRead, place, c.content(tile, c.steps), true};
+      wait(c.content(tile, c.steps + i), true);
+      used = {kRead, place, c.content(tile, c.steps + i), true};
       place = after<Layout<kTokens>::kStages>(place);
     }
     release();
@@ -166,8 +166,8 @@ struct Block {
 };
 
 [[noreturn]] void fail(const Case& c, const char* what, int block, int warp) {
-  std::printf("%s: tile of %d, %d parts, %d steps, rank %d, %d tiles, %d blocks: block %d, warp %d\n", what,
-              c.work.tokens, c.work.parts, c.steps, c.rank, (int)(c.work.end - c.work.first), c.blocks, block, warp);
+  std::printf("%s: tile of %d, %d parts, %d steps, %d low columns, %d tiles, %d blocks: block %d, warp %d\n", what,
+              c.work.tokens, c.work.parts, c.steps, c.low_columns, (int)(c.work.end - c.work.first), c.blocks, block, warp);
   std::exit(1);
 }
 
@@ -320,9 +320,9 @@ template <int kTokens>
 void test(int tiles_of_block) {
   for (int parts = 1; parts <= kMaxParts && parts * kLeastSlice <= kTokens; parts *= 2) {
     for (int steps = parts; steps <= 40; steps++) {
-      for (int rank : {0, 16}) {
+      for (int low_columns : {0, 16, 136}) {
         const Work work = {kTokens, parts, 5, 5 + 2 * tiles_of_block};
-        const Case c = {work, steps, rank, (int)blocks_of(work, 2)};
+        const Case c = {work, steps, low_columns, (int)blocks_of(work, 2)};
         std::multiset<int> done;
         for (int first = 0; first < c.blocks; first += parts) {
           c.each_tile(first, [&](int tile) { done.insert(tile); });

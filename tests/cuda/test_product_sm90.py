@@ -88,12 +88,17 @@ def product_kernels(run: Callable[[], None]) -> list[tuple[bool, int]]:
 
 @needs_hopper
 @pytest.mark.parametrize(
-    ("tokens", "columns", "sizes"),
-    [(130, 192, (128, 64, 320)), (700, 1024, (2048, 512, 512)), (2100, 576, (1600, 1472))],
+    ("tokens", "columns", "sizes", "rank"),
+    [
+        (130, 192, (128, 64, 320), 8),
+        (700, 1024, (2048, 512, 512), 72),
+        (2100, 576, (1600, 1472), 16),
+        (64, 64, (64,), 200),
+    ],
 )
-def test_products_at_one_x_are_one_product(tokens, columns, sizes):
+def test_products_at_one_x_are_one_product(tokens, columns, sizes, rank):
     torch.set_default_device("cuda")
-    layers = [make_layer(rows, columns) for rows in sizes]
+    layers = [make_layer(rows, columns, rank) for rows in sizes]
     w, codes, scales, As, Bs = zip(*layers, strict=True)
     bias = [30 * torch.randn(rows) for rows in sizes]
     x = torch.randn(tokens, columns).bfloat16().requires_grad_()
@@ -139,11 +144,11 @@ def check_gradients(features: int, tokens: int, contraction: int) -> None:
     assert_rounded_once(dx, product)
 
 
-def make_layer(rows: int, columns: int) -> tuple[Tensor, ...]:
+def make_layer(rows: int, columns: int, rank: int = RANK) -> tuple[Tensor, ...]:
     """A weight as bfloat16 has it, its codes and scales, and an adapter."""
     codes, scales = int4_quantize(torch.randn(rows, columns), block=BLOCK)
     w = int4_dequantize(codes, scales, columns, block=BLOCK, dtype=torch.bfloat16).double()
-    return w, codes, scales, torch.randn(RANK, columns), torch.randn(rows, RANK)
+    return w, codes, scales, torch.randn(rank, columns), torch.randn(rows, rank)
 
 
 def low(x: Tensor, factor: Tensor) -> Tensor:
