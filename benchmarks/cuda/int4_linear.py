@@ -20,13 +20,21 @@ from torch.nn import functional as F
 
 from benchmarks.cuda.timing import Call, copies_beyond_cache, floor, floor_us, interleaved, write
 from benchmarks.harness import print_table
-from entrenar.autograd.ops import int4_dequantize, int4_linear, int4_lora_linear, int4_quantize
+from entrenar.autograd.ops import (
+    int4_dequantize,
+    int4_linear,
+    int4_lora_linear,
+    int4_lora_linears,
+    int4_quantize,
+)
 
 SHAPES = ((4096, 4096), (11008, 4096))
 ROWS = (1, 4, 16, 64, 512, 2048, 4096)
 FEW_ROWS = 256
 """From there on the activations alone go beyond the cache, and two weights do."""
 RANK, SCALING = 16, 2.0
+TOGETHER, FEWEST_TOGETHER = 3, 64
+"""Layers at one x, and the rows from which on they are measured: those of training."""
 bfloat16 = torch.bfloat16
 
 
@@ -121,6 +129,37 @@ def lora_calls(w: Weights, x: Tensor, dy: Tensor) -> dict[str, Call]:
     return calls
 
 
+def together_calls(w: Weights, x: Tensor, dy: Tensor) -> dict[str, Call]:
+    """Layers at one x, as q, k and v are."""
+    A, B = ([a.detach().clone().requires_grad_() for _ in range(TOGETHER)] for a in (w.lora_A, w.lora_B))
+    leaves, dys = (x.requires_grad_(), *A, *B), [dy] * TOGETHER
+    copies = len(w.dense)
+
+    def chosen(i: int) -> list[int]:
+        return [(i + j) % copies for j in range(TOGETHER)]
+
+    def ours(i: int) -> None:
+        codes, scales = zip(*(w.int4[j] for j in chosen(i)), strict=True)
+        torch.autograd.grad(int4_lora_linears(x, codes, scales, [None] * TOGETHER, A, B, SCALING), leaves, dys)
+
+    def separate(i: int, product: Callable[[int], Tensor]) -> None:
+        ys = [
+            product(j) + SCALING * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+            for j, a, b in zip(chosen(i), A, B, strict=True)
+        ]
+        torch.autograd.grad(ys, leaves, dys)
+
+    calls: dict[str, Call] = {
+        "ours": ours,
+        "cuBLAS bfloat16": lambda i: separate(i, lambda j: F.linear(x, w.dense[j])),
+    }
+    if w.nf4:
+        import bitsandbytes as bnb
+
+        calls["bitsandbytes NF4"] = lambda i: separate(i, lambda j: bnb.matmul_4bit(x, w.nf4[j][0].t(), w.nf4[j][1]))
+    return calls
+
+
 def measure(shape: tuple[int, int], rows: list[int], rounds: int, machine: dict[str, float]) -> list[dict[str, Any]]:
     n, k = shape
     copies = copies_beyond_cache(n * k * 17 // 32)
@@ -149,6 +188,10 @@ def measure(shape: tuple[int, int], rows: list[int], rounds: int, machine: dict[
         # x and dy are read twice, y and dx written; the adapter's six narrow products come on top.
         adapter = 6 * m * RANK * (n + k)
         add("LoRA forward + backward", m, lora_calls(w, x, dy), 2 * (w.bytes + activations), 2 * product + adapter)
+        if m >= FEWEST_TOGETHER:
+            moved = 2 * TOGETHER * w.bytes + 2 * 2 * m * (k + TOGETHER * n)
+            operations = TOGETHER * (2 * product + adapter)
+            add(f"{TOGETHER} LoRA layers at one x", m, together_calls(w, x, dy), moved, operations)
     return results
 
 
