@@ -70,15 +70,40 @@ struct TileOf {
   }
 };
 
+// The source of each step, asked for in their order: in the gradient one follows another.
+template <bool gradient>
+struct Steps {
+  const Arguments& p;
+  const Source* source;
+  int begin = 0, end = INT32_MAX;
+
+  __device__ Steps(const Arguments& p, const Source& first) : p(p), source(&first) { find_end(); }
+
+  __device__ __forceinline__ const Source& source_at(int step) {
+    while (step >= end) {
+      source++;
+      begin = end;
+      find_end();
+    }
+    return *source;
+  }
+
+  __device__ __forceinline__ void find_end() {
+    const int next = source - p.sources + 1;
+    end = gradient && next < p.count ? p.sources[next].begin : INT32_MAX;
+  }
+};
+
 template <bool gradient, int kTokens>
 __device__ void copy_tensors(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
   using L = Layout<kTokens>;
   const Range range = range_of(p.steps, p.low_columns, part, p.parts);
   for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
     const auto of = TileOf::at<kTokens, gradient>(p, tile);
+    Steps<gradient> steps(p, of.source);
     for (int i = range.begin; i < range.end; i++) {
-      const Source& source = gradient ? source_of(p, i) : of.source;
-      const int step = gradient ? i - source.begin : i;
+      const Source& source = steps.source_at(i);
+      const int step = i - steps.begin;
       const uint32_t full = pipeline.full(), codes = shared_address(pipeline.codes());
       barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
       barrier_arrive_expect(full, L::kIn + kCodesBytes);
@@ -103,14 +128,13 @@ __device__ void copy_tensors(const Arguments& p, Pipeline<kTokens> pipeline, int
 // its row and of the row kScalers on; in the gradient those of the groups of features of its row.
 template <bool gradient>
 struct ScaleReader {
-  const Arguments& p;
-  const Source& source;
+  Steps<gradient> steps;
   int64_t first;
   int stride, second;
   bool two;  // or one scale for both of a pair
 
   __device__ ScaleReader(const Arguments& p, const Source& source, int feature, int thread)
-      : p(p), source(source), two(p.block == int4::kGroup) {
+      : steps(p, source), two(p.block == int4::kGroup) {
     const int blocks = (int)p.blocks;
     if (gradient) {
       first = thread * p.blocks + (two ? feature / int4::kGroup : feature / kStep);
@@ -124,16 +148,16 @@ struct ScaleReader {
     if (feature + kWarpgroupFeatures >= source.features) second = 0;  // beyond the edge nothing is written
   }
 
-  __device__ uintptr_t address(int step, int pair) const {
-    const Source& of = gradient ? source_of(p, step) : source;
-    return (uintptr_t)(of.scales + first + (int64_t)(gradient ? step - of.begin : step) * stride + pair * second);
-  }
+  __device__ int64_t index(int step, int pair) const { return first + (int64_t)step * stride + pair * second; }
+
   // The word of memory that holds them: nothing may wait for it here.
-  __device__ uint32_t read(int step, int pair) const {
-    return __ldg((const uint32_t*)(address(step, pair) & ~(uintptr_t)3));
+  __device__ uint32_t read(int step, int pair) {
+    const uint16_t* const scales = steps.source_at(step).scales;
+    return __ldg((const uint32_t*)scales + index(step - steps.begin, pair) / 2);
   }
+  // Whose halves they are does not depend on the source: its first step is an even number of scales away.
   __device__ uint32_t both(uint32_t word, int step, int pair) const {
-    return __byte_perm(word, 0, two ? 0x3210 : address(step, pair) & 2 ? 0x3232 : 0x1010);
+    return __byte_perm(word, 0, two ? 0x3210 : index(step, pair) % 2 ? 0x3232 : 0x1010);
   }
 };
 
@@ -151,7 +175,7 @@ __device__ void copy_scales(const Arguments& p, Pipeline<kTokens> pipeline, int 
   };
   for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
     const auto of = TileOf::at<kTokens, gradient>(p, tile);
-    const ScaleReader<gradient> scales(p, of.source, of.feature, thread);
+    ScaleReader<gradient> scales(p, of.source, of.feature, thread);
     uint32_t next[kGroupSteps][2];
     const auto read = [&](int first) {
 #pragma unroll
@@ -342,6 +366,7 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
       }
     }
     for (int first = 0; first < range.low_steps * kStep; first += kStep) {
+      if (first > 0) wgmma_wait<0>();  // which reads the last factor's registers
       uint32_t factor[kStep / 16][4];
       for (int i = 0; i < kStep / 16; i++) {
         if (first + 16 * i < p.low_columns) read_factor<gradient>(factor[i], p, of.source, feature, first + 16 * i);
