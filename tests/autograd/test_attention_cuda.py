@@ -54,7 +54,8 @@ def check_memory(*tensors):
         assert all(s * x.element_size() % 16 == 0 for n, s in zip(x.shape[:-1], x.stride(), strict=False) if n > 1)
 
 
-def check_flash(q, k, v, *others):
+def check_flash(q, k, v, *others, scale):
+    assert scale > 0
     assert q.dtype in (torch.bfloat16, torch.float16)
     assert all(x.dtype is q.dtype for x in (k, v, *others))
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256
@@ -75,7 +76,7 @@ def cut(starts, starts_k, longest, longest_k, *tensors):
 
 
 def flash_forward(q, k, v, starts_q, starts_k, max_q, max_k, dropout_p, causal, debug, *, scale):
-    check_flash(q, k, v)
+    check_flash(q, k, v, scale=scale)
     assert (dropout_p, debug) == (0.0, False)
     nothing = torch.empty(0)
     if starts_q is None:
@@ -92,7 +93,7 @@ def flash_forward(q, k, v, starts_q, starts_k, max_q, max_k, dropout_p, causal, 
 
 
 def flash_backward(d_o, q, k, v, o, lse, starts_q, starts_k, max_q, max_k, dropout_p, causal, state, unused, *, scale):
-    check_flash(q, k, v, d_o, o)
+    check_flash(q, k, v, d_o, o, scale=scale)
     assert lse.dtype is torch.float32
     assert lse.is_contiguous()
     assert dropout_p == 0.0
@@ -114,14 +115,15 @@ def flash_backward(d_o, q, k, v, o, lse, starts_q, starts_k, max_q, max_k, dropo
     return tuple(torch.cat([d[0] for d in gradients]) for gradients in zip(*parts, strict=True))
 
 
-def check_efficient(q, k, v, *others):
+def check_efficient(q, k, v, *others, scale):
+    assert scale > 0
     assert all(x.dtype is torch.float32 for x in (q, k, v, *others))
     assert q.shape[2] == k.shape[2] == v.shape[2]
     check_memory(q, k, v, *others)
 
 
 def efficient_forward(q, k, v, bias, starts_q, starts_k, max_q, max_k, dropout_p, mask, with_lse, *, scale):
-    check_efficient(q, k, v)
+    check_efficient(q, k, v, scale=scale)
     assert (bias, starts_q, starts_k, max_q, max_k, dropout_p, with_lse) == (None, None, None, None, None, 0.0, True)
     o, lse = forward_of(q, k, v, scale, seen(q.shape[1], k.shape[1], mask == 1, top_left=True))
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
@@ -131,7 +133,7 @@ def efficient_forward(q, k, v, bias, starts_q, starts_k, max_q, max_k, dropout_p
 def efficient_backward(
     d_o, q, k, v, bias, o, starts_q, starts_k, max_q, max_k, lse, dropout_p, seed, offset, mask, bias_grad, *, scale
 ):
-    check_efficient(q, k, v, d_o, o)
+    check_efficient(q, k, v, d_o, o, scale=scale)
     assert o.is_contiguous()
     assert (bias, starts_q, starts_k, max_q, max_k) == (None, None, None, q.shape[1], k.shape[1])
     assert (dropout_p, bias_grad) == (0.0, False)
@@ -183,19 +185,19 @@ SIZES = {
 }
 
 
-def check_against_the_cpu(args, offsets, causal, dtype):
+def check_against_the_cpu(args, offsets, causal, dtype, scale=0.3):
     """Results and their strides, which the fakes promise."""
     args = [x.to(dtype) if x.stride(-1) == 1 or x.numel() == 0 else x.to(dtype).contiguous() for x in args]
     wide = [x.float() for x in args]
-    o, lse = cuda.attention(*args, offsets, 0.3, causal)
-    expected, expected_lse = torch.ops.entrenar.attention(*wide, offsets, 0.3, causal)
+    o, lse = cuda.attention(*args, offsets, scale, causal)
+    expected, expected_lse = torch.ops.entrenar.attention(*wide, offsets, scale, causal)
     # The results are rounded once to their dtype; the CPU's sums are float32's.
     tolerance = {"atol": 1e-5, "rtol": 2 * torch.finfo(dtype).eps}
     torch.testing.assert_close(o.float(), expected, **tolerance)
     torch.testing.assert_close(lse, expected_lse)
     d_o = torch.randn_like(expected).to(dtype)
-    gradients = cuda.attention_backward(d_o, *args, o, lse, offsets, 0.3, causal)
-    wanted = torch.ops.entrenar.attention_backward(d_o.float(), *wide, o.float(), lse, offsets, 0.3, causal)
+    gradients = cuda.attention_backward(d_o, *args, o, lse, offsets, scale, causal)
+    wanted = torch.ops.entrenar.attention_backward(d_o.float(), *wide, o.float(), lse, offsets, scale, causal)
     for actual, want in zip(gradients, wanted, strict=True):
         # Heads that share keys are summed after they were rounded.
         atol = 4 * torch.finfo(dtype).eps * want.abs().max().item() if want.numel() else 0
@@ -226,6 +228,14 @@ def test_equals_the_cpus_kernels(size, layout, causal, dtype):
 def test_packed_sequences(at, causal, dtype):
     args = projections(1, 4, 2, at[-1], at[-1], 24, 17)
     check_against_the_cpu(args, torch.tensor(at), causal, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("offsets", [None, torch.tensor([0, 3, 40, 41])], ids=["batch", "packed"])
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_kernels_get_a_scale_above_0(scale, offsets, causal, dtype):
+    check_against_the_cpu(projections(1, 4, 2, 41, 41, 24, 17), offsets, causal, dtype, scale)
 
 
 def test_aligned_projections_are_not_copied():

@@ -34,6 +34,8 @@ def attention(
     _check(q, k, v, offsets, causal)
     if _nothing(q, k):
         return _zeros(q, v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
+    if scale <= 0:
+        q, scale, _ = _scaled_up(q, scale)
     if q.dtype is torch.float32 and offsets is not None:
         sequences = _sequences(offsets, (q, k, v))
         parts = [attention(q, k, v, None, scale, causal) for q, k, v in sequences]
@@ -64,6 +66,10 @@ def attention_backward(
     _check_results(d_o, q, v, o, lse)
     if _nothing(q, k):
         return _zeros(q, q.shape[-1]), _zeros(k, k.shape[-1]), _zeros(v, v.shape[-1])
+    if scale <= 0:
+        q, scale, factor = _scaled_up(q, scale)
+        dq, dk, dv = attention_backward(d_o, q, k, v, o, lse, offsets, scale, causal)
+        return dq.mul_(factor), dk, dv
     if q.dtype is torch.float32 and offsets is not None:
         sequences = _sequences(offsets, (d_o, q, k, v, o, lse))
         parts = [attention_backward(d_o, q, k, v, o, lse, None, scale, causal) for d_o, q, k, v, o, lse in sequences]
@@ -183,6 +189,15 @@ def _seen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, causal: bool)
     """Key and value without the rows that no query sees: flash attention lets the last query see the last key."""
     rows = q.shape[2]
     return (k[:, :, :rows], v[:, :, :rows]) if causal and offsets is None else (k, v)
+
+
+def _scaled_up(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """Queries that have the same scores by a scale above 0, that scale, and what the queries were multiplied by.
+
+    The kernels look for the largest score before they scale it, with -infinity where a key is not seen.
+    """
+    factor = -1.0 if scale < 0 else 0.0
+    return q * factor, abs(scale) or 1.0, factor
 
 
 def _nothing(q: Tensor, k: Tensor) -> bool:
