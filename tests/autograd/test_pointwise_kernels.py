@@ -406,7 +406,9 @@ class Wrapped(Tensor):
 
     @staticmethod
     def __new__(cls, inner):
-        wrapped = torch.Tensor._make_wrapper_subclass(cls, inner.shape, inner.stride(), dtype=inner.dtype)
+        wrapped = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, inner.stride(), dtype=inner.dtype, device=inner.device
+        )
         wrapped.inner = inner
         return wrapped
 

@@ -59,9 +59,17 @@ def set_gradients(params, step: int, missing: float = 0.2) -> None:
     for i, param in enumerate(params):
         generator = torch.Generator().manual_seed(1000 * step + i)
         grad = torch.randn(param.shape, generator=generator, dtype=torch.float64, device="cpu")
-        scale = 10 ** (4 * torch.rand((), generator=generator).item() - 3)
-        absent = torch.rand((), generator=generator).item() < missing
+        scale = 10 ** (4 * torch.rand((), generator=generator, device="cpu").item() - 3)
+        absent = torch.rand((), generator=generator, device="cpu").item() < missing
         param.grad = None if absent else (scale * grad).to(param.device, param.dtype)
+
+
+def on_the_cpu(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """Copies for a rule in plain torch, which rounds each operation there, as the kernels do on every device.
+
+    On CUDA torch fuses multiplications with additions, and multiplies by the inverse of a number instead of dividing.
+    """
+    return [torch.nn.Parameter(param.detach().to("cpu", copy=True)) for param in params]
 
 
 def run(optimizer, params, steps: int, *, first: int = 0, missing: float = 0.2) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import EIGHT_BITS, KINDS, parameters, run, set_gradients
+from runs import EIGHT_BITS, KINDS, on_the_cpu, parameters, run, set_gradients
 
 from entrenar import optim
 from entrenar.optim.codes import (
@@ -50,7 +50,7 @@ def codes_of(values: torch.Tensor, signed: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_map_is_bitsandbytes(signed):
-    assert torch.equal(dynamic_map(signed), bnb.create_dynamic_map(signed=signed))
+    assert torch.equal(dynamic_map(signed), bnb.create_dynamic_map(signed=signed).cpu())
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -131,9 +131,11 @@ def test_steps_are_the_references(kind, dtype, steps, backend):
     """Decode, the rule in float32, encode: to the bit."""
     shapes = [(5000,), (4096,), (17, 31), (3,)]
     params = parameters(dtype, shapes=shapes)
-    optimizer = EIGHT_BITS[kind]([{"params": params[:1]}, {"params": params[1:]}], **KINDS[kind][1], min_8bit_size=100)
-    plain = copy.deepcopy(optimizer)
-    copies = [param for group in plain.param_groups for param in group["params"]]
+    copies = on_the_cpu(params)
+    optimizer, plain = (
+        EIGHT_BITS[kind]([{"params": side[:1]}, {"params": side[1:]}], **KINDS[kind][1], min_8bit_size=100)
+        for side in (params, copies)
+    )
     for step in range(steps):
         set_gradients(params, step, missing=0)
         optimizer.step()
@@ -144,12 +146,12 @@ def test_steps_are_the_references(kind, dtype, steps, backend):
                 if not state:
                     plain._start(group, same, state)
                 with torch.no_grad():
-                    plain._step_in_torch(group, same, param.grad.clone(), state)
+                    plain._step_in_torch(group, same, param.grad.to("cpu", copy=True), state)
         for param, same in zip(params, copies, strict=True):
-            assert torch.equal(param, same)
+            assert torch.equal(param.cpu(), same)
             for name, value in plain.state[same].items():
                 assert optimizer.state[param][name].dtype == value.dtype
-                assert torch.equal(optimizer.state[param][name], value), name
+                assert torch.equal(optimizer.state[param][name].cpu(), value), name
 
 
 def test_what_small_tensors_and_others_keep():

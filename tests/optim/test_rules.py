@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import BOTH, EIGHT_BITS, KINDS, grouped, parameters, run, set_gradients
+from runs import BOTH, EIGHT_BITS, KINDS, grouped, on_the_cpu, parameters, run, set_gradients
 from torch.testing._internal.common_optimizers import optim_db
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,12 +74,12 @@ def test_100_steps_of_any_shapes_and_groups_equal_torch(kind, shapes, group, lr,
 def test_a_step_in_float32_is_the_rules_bits(kind, backend):
     params = parameters(torch.float32)
     optimizer = KINDS[kind][0](grouped(params, kind))
-    plain = copy.deepcopy(optimizer)
-    copies = [param for group in plain.param_groups for param in group["params"]]
+    copies = on_the_cpu(params)
+    plain = KINDS[kind][0](grouped(copies, kind))
     for step in range(4):
         set_gradients(params, step)
         for param, same in zip(params, copies, strict=True):
-            same.grad = None if param.grad is None else param.grad.clone()
+            same.grad = None if param.grad is None else param.grad.to("cpu", copy=True)
         optimizer.step()
         for group in plain.param_groups:
             for param in group["params"]:
@@ -90,9 +90,9 @@ def test_a_step_in_float32_is_the_rules_bits(kind, backend):
                     with torch.no_grad():
                         plain._step_in_torch(group, param, param.grad, state)
         for param, same in zip(params, copies, strict=True):
-            assert torch.equal(param, same)
+            assert torch.equal(param.cpu(), same)
             for name, value in plain.state[same].items():
-                assert torch.equal(optimizer.state[param][name], value), name
+                assert torch.equal(optimizer.state[param][name].cpu(), value), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -228,7 +228,8 @@ def torchs_error_inputs():
 def test_torchs_own_error_inputs(cls, error):
     given_inputs = error.optimizer_error_input
     params = [torch.nn.Parameter(torch.zeros(1))] if given_inputs.params is None else given_inputs.params
-    with pytest.raises(error.error_type):
+    refused = pytest.warns if issubclass(error.error_type, Warning) else pytest.raises
+    with refused(error.error_type):
         cls(params, **given_inputs.kwargs)
 
 
@@ -311,8 +312,10 @@ def test_subclasses_of_tensor_are_trained_in_torch(max_norm):
             param.grad = torch.randn(90, 50).as_subclass(type(param.data))
             optimizer.step()
     assert type(watched.data) is Watched
-    # Each step is the same to the bit, but for the norm, whose sum has another order.
-    torch.testing.assert_close(torch.Tensor(watched), plain, rtol=0 if max_norm is None else 1e-6, atol=0)
+    # Each step is the same to the bit, but for the norm, whose sum has another order, and but for torch's operations on
+    # CUDA, which round otherwise: by some units of the parameter and of the step.
+    rtol, atol = (0, 0) if max_norm is None and plain.is_cpu else (1e-6, 1e-8)
+    torch.testing.assert_close(torch.Tensor(watched), plain, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("cls", [optim.SGD, optim.Adam, optim.AdamW, optim.Lion, *dict.fromkeys(EIGHT_BITS.values())])
@@ -514,6 +517,7 @@ def test_kernel_refuses_what_does_not_fit(change, message, backend):
         torch.ops.entrenar.adam_(*arguments.values(), None, None, 1e-3, 0.9, 0.999, 1e-8, 0.0, True, False)
 
 
+@pytest.mark.cpu("levels are the CPU's")
 def test_levels_take_the_same_steps():
     results = []
     before = entrenar.cpu_level()
