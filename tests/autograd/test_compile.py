@@ -1,4 +1,4 @@
-"""torch.compile of operations: given one tensor twice, and by a compiler that they are not tested with."""
+"""torch.compile of operations: given one tensor twice, and by a compiler that does not look into them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from entrenar.autograd import ops
 from entrenar.autograd.ops import _override
+from entrenar.autograd.ops._function import Function
 
 FUNCTIONS = {
     "square": lambda x: ops.mul(x, x),
@@ -31,17 +32,64 @@ def test_compiles_without_graph_breaks(name):
     torch.testing.assert_close(*results)
 
 
-def test_an_older_compiler_goes_around(monkeypatch):
-    monkeypatch.setattr(_override, "COMPILES", False)
-    runs = []
+class Double(Function):
+    """An output that its Function also has under another name."""
+
+    @staticmethod
+    def forward(x):
+        y = 2 * x
+        return y.to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy
+
+
+def test_an_older_compiler_takes_operations_whole(monkeypatch):
+    monkeypatch.setattr(_override, "TRACED", False)
+    called = []
 
     @_override.overridable
     def double(x):
-        runs.append(torch.compiler.is_compiling())
-        return 2 * x
+        return Double.apply(x)
 
+    def backend(graph, inputs):
+        called.extend(node.target.__name__ for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    x = torch.randn(4, requires_grad=True)
+    y = torch.compile(lambda x: double(x).sin(), fullgraph=True, backend=backend)(x)
+    assert called == ["double"]
+    assert torch.equal(y, (2 * x).sin())
+    assert torch.equal(*torch.autograd.grad(y.sum(), x), 2 * (2 * x).cos())
+
+
+def test_an_older_compiler_knows_operations_apart(monkeypatch):
+    monkeypatch.setattr(_override, "TRACED", False)
     x = torch.randn(4)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"compiles with torch 2\.13 or later"):
-        torch.compile(lambda x: double(x).sin(), fullgraph=True, backend="aot_eager")(x)
-    assert torch.equal(torch.compile(lambda x: double(x).sin(), backend="aot_eager")(x), (2 * x).sin())
-    assert runs == [False]
+    for op in (lambda x: x.sin(), lambda x: x.cos()):
+        compiled = torch.compile(_override.overridable(op), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), op(x))
+
+
+def test_an_older_compiler_leaves_alone_what_reads_a_value(monkeypatch):
+    monkeypatch.setattr(_override, "TRACED", False)
+    runs = []
+
+    def within(x):
+        runs.append(torch.compiler.is_compiling())
+        return Double.apply(x)
+
+    @_override.overridable
+    def six_times(x):
+        return within(x) * int(torch.ones(3).sum())
+
+    x = torch.randn(4, requires_grad=True)
+    y = torch.compile(six_times, backend="aot_eager")(x)
+    assert torch.equal(y, 6 * x)
+    assert torch.equal(*torch.autograd.grad(y.sum(), x), torch.full((4,), 6.0))
+    assert not runs[-1]

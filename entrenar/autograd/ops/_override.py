@@ -10,15 +10,19 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_map_only
 
-COMPILES = torch.__version__ >= "2.13"
-"""Whether the operations are tested with torch's compiler. 2.11's was seen to give cross_entropy a gradient of zero."""
+TRACED = torch.__version__ >= "2.13"
+"""Whether torch's compiler looks into the operations.
+
+Older ones return all that a Function computes on its way, and lose the gradient of an output that is among it.
+"""
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 
 def overridable(op: Op) -> Op:
     """Offer each call of `op` to the modes and tensor subclasses that override torch functions, before it runs."""
-    run = op if COMPILES else torch.compiler.disable(op, reason="entrenar compiles with torch 2.13 or later")
+    if not TRACED:
+        _take_whole(op)
 
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -27,9 +31,20 @@ def overridable(op: Op) -> Op:
         operands = (*args, *kwargs.values())
         if has_torch_function(operands):
             return handle_torch_function(call, operands, *args, **kwargs)
-        return run(*args, **kwargs)
+        return op(*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def _take_whole(op: Callable[..., Any]) -> None:
+    """Let torch's compiler put `op` into its graphs as a node, and where it cannot, run `op` and all within as it is.
+
+    Not by `torch.compiler.disable`, which gives all operations one code: by it the compiler tells functions apart.
+    """
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+    torch.compiler.allow_in_graph(op)
+    set_code_exec_strategy(op.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 def _distinct(arguments: Any) -> Any:
