@@ -53,6 +53,16 @@ def call_cases() -> Iterator[Call]:
                 yield f"{name}, {sample}, {dtype}", found
 
 
+def call_few_rows() -> Iterator[Call]:
+    """So few that a block has all columns of W, in as many warps as there can be: more are a cluster's."""
+    for block in (32, 64):
+        codes, scales = torch.ops.entrenar.int4_quantize(torch.randn(70, 1100), block, torch.float16, False)
+        for rows, dtype in ((1, torch.float32), (3, torch.bfloat16)):
+            x, bias = torch.randn(rows, 1100, dtype=dtype), torch.randn(70)
+            y = torch.ops.entrenar.int4_linear(x, codes, scales, bias, block, False)
+            yield f"int4_linear, {rows} rows, blocks of {block}, {dtype}", [y]
+
+
 def call_pointwise_kernels() -> Iterator[Call]:
     """Activations, norms, rotary embedding: aligned, and one element past it."""
     for name, kernel in KERNELS.items():
@@ -107,6 +117,7 @@ def call_layers_at_one_x() -> Iterator[Call]:
 
 PARTS = (
     call_cases,
+    call_few_rows,
     call_pointwise_kernels,
     call_losses_in_place,
     call_optimizers,

@@ -1,20 +1,25 @@
-"""Every op that has a CUDA kernel, for compute-sanitizer to watch: no result is checked."""
+"""Every op that has a CUDA kernel, for compute-sanitizer to watch: no result is checked.
+
+`python sanitize.py [PART]...`, parts of `calls.py`. It prints the name of each call that is done.
+"""
 
 from __future__ import annotations
+
+import sys
 
 import calls
 import torch
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     torch.manual_seed(0)
     torch.set_default_device("cuda")
-    for part in calls.PARTS:
-        for _ in part():
-            pass
-        torch.cuda.synchronize()
-        print(part.__name__, flush=True)
+    by_name = {part.__name__: part for part in calls.PARTS}
+    for part in [by_name[name] for name in names] or calls.PARTS:
+        for call, _ in part():
+            torch.cuda.synchronize()
+            print(call, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
