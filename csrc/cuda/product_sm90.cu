@@ -4,6 +4,8 @@
 
 #include <cuda_bf16.h>
 
+#include <atomic>
+
 #include "cluster.h"
 #include "hopper.h"
 #include "product_sm90_pipeline.h"
@@ -521,6 +523,19 @@ bool describe(Source* source, const ProductSm90& product, int index, int parts) 
          (!product.rank || describe(&source->low, of.low, product.tokens, low_columns(product), kTokens));
 }
 
+// A kernel is told once on each device.
+template <bool gradient, int kTokens>
+cudaError_t allow_shared_memory() {
+  static std::atomic<uint64_t> told{0};
+  int device;
+  const cudaError_t found = cudaGetDevice(&device);
+  if (found != cudaSuccess || told >> device & 1) return found;
+  const cudaError_t status = cudaFuncSetAttribute(
+      product_kernel<gradient, kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout<kTokens>::kBytes);
+  if (status == cudaSuccess) told |= (uint64_t)1 << device;
+  return status;
+}
+
 template <bool gradient, int kTokens>
 int launch(const ProductSm90& product, const Work& work, int processors, cudaStream_t stream) {
   using L = Layout<kTokens>;
@@ -543,7 +558,7 @@ int launch(const ProductSm90& product, const Work& work, int processors, cudaStr
   }
 
   const auto kernel = product_kernel<gradient, kTokens>;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
+  const cudaError_t status = allow_shared_memory<gradient, kTokens>();
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
