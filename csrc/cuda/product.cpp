@@ -59,14 +59,13 @@ bool are_few(const Tensor& x, const Weight& w, bool transposed) {
   return transposed && rows_of(x) < kManyRows && int4_dot_takes(w, dtype_of(x, "x"), rows_of(x));
 }
 
-// Where Hopper's own kernel, which decodes W on the way to the tensor cores, takes less time than decoding W first. On
-// an H200, for 64 to 4096 rows at 4096 x 4096 and 11008 x 4096, it took 0.52 to 0.97 of that for y, and for dx 0.84 to
-// 1.09 up to 512 rows, 1.05 to 1.15 from 2048 on; benchmarks/results/cuda/int4_linear.json has both. A term is nearly
-// free in it, where the other way writes and reads all of the result once more.
-constexpr int64_t kManyGradientRows = 1024, kManyGradientRowsWithTerm = 2048;
+// Where Hopper's own kernel, which decodes W on the way to the tensor cores, takes less time than decoding W first: on an
+// H200, for weights of 4096 x 4096, 11008 x 4096 and 4096 x 11008, everywhere but in the gradient of 4096 rows and more
+// without a term, where it took 0.97 to 1.04 of that. A term is nearly free in it, and several products are one.
+constexpr int64_t kManyGradientRows = 4096;
 
 bool pays_on_hopper(int64_t rows, bool transposed, bool with_term) {
-  return rows >= kManyRows && (transposed || rows < (with_term ? kManyGradientRowsWithTerm : kManyGradientRows));
+  return transposed ? rows >= kManyRows : with_term || rows < kManyGradientRows;
 }
 
 int rank_of(const Product& product, bool transposed) {

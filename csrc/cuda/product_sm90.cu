@@ -20,15 +20,14 @@ using namespace hopper;
 
 struct Source {
   CUtensorMap in, codes, out, low;
-  const uint16_t* scales;
+  uintptr_t scales;  // in the gradient those that the product's first step would have if all steps were its
   const float *bias, *factor;
   int features;
-  int begin;  // the first of the product's tiles of features that are its; in the gradient of the steps
+  int begin;  // the first of the product's tiles of features that are its, in the gradient of the steps; or none
 };
 
 struct Arguments {
   Source sources[ProductSm90::kMost];
-  int count;
   int64_t blocks;      // of a row
   int64_t first, end;  // of the tiles
   int block, rank, low_columns, steps, feature_tiles, token_tiles;
@@ -52,60 +51,40 @@ struct Pipeline {
   __device__ uint32_t empty() const { return full() + 8; }
 };
 
-// Whose a tile of features is, or in the gradient a step.
-__device__ __forceinline__ const Source& source_of(const Arguments& p, int index) {
-  int i = 0;
-  while (i + 1 < p.count && index >= p.sources[i + 1].begin) i++;
-  return p.sources[i];
-}
-
-// A tile: its source, and where its features and tokens begin. In the gradient the first source has what is common.
+// A tile: whose it is, and where its features and tokens begin. In the gradient the first source has what is common.
+// Sources are named by their numbers: an address of a parameter would make of a constant's read one of memory.
+template <bool gradient, int kTokens>
 struct TileOf {
-  const Source& source;
-  int feature, token;
+  int source = 0, feature, token;
 
-  template <int kTokens, bool gradient>
-  static __device__ TileOf at(const Arguments& p, int64_t index) {
+  __device__ TileOf(const Arguments& p, int64_t index) {
     const Tile tile = tile_at(index, p.feature_tiles, p.token_tiles);
-    const Source& source = gradient ? p.sources[0] : source_of(p, tile.features);
-    return {source, (tile.features - (gradient ? 0 : source.begin)) * kFeatures, tile.tokens * kTokens};
-  }
-};
-
-// The source of each step, asked for in their order: in the gradient one follows another.
-template <bool gradient>
-struct Steps {
-  const Arguments& p;
-  const Source* source;
-  int begin = 0, end = INT32_MAX;
-
-  __device__ Steps(const Arguments& p, const Source& first) : p(p), source(&first) { find_end(); }
-
-  __device__ __forceinline__ const Source& source_at(int step) {
-    while (step >= end) {
-      source++;
-      begin = end;
-      find_end();
+    int first = 0;
+    if (!gradient) {
+      while (source + 1 < ProductSm90::kMost && tile.features >= p.sources[source + 1].begin) source++;
+      first = p.sources[source].begin;
     }
-    return *source;
-  }
-
-  __device__ __forceinline__ void find_end() {
-    const int next = source - p.sources + 1;
-    end = gradient && next < p.count ? p.sources[next].begin : INT32_MAX;
+    feature = (tile.features - first) * kFeatures;
+    token = tile.tokens * kTokens;
   }
 };
+
+// Whose a step of the gradient is.
+__device__ __forceinline__ int source_of(const Arguments& p, int step) {
+  int source = 0;
+  while (source + 1 < ProductSm90::kMost && step >= p.sources[source + 1].begin) source++;
+  return source;
+}
 
 template <bool gradient, int kTokens>
 __device__ void copy_tensors(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
   using L = Layout<kTokens>;
   const Range range = range_of(p.steps, p.low_columns, part, p.parts);
   for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
-    const auto of = TileOf::at<kTokens, gradient>(p, tile);
-    Steps<gradient> steps(p, of.source);
+    const TileOf<gradient, kTokens> of(p, tile);
     for (int i = range.begin; i < range.end; i++) {
-      const Source& source = steps.source_at(i);
-      const int step = i - steps.begin;
+      const Source& source = p.sources[gradient ? source_of(p, i) : of.source];
+      const int step = gradient ? i - source.begin : i;
       const uint32_t full = pipeline.full(), codes = shared_address(pipeline.codes());
       barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
       barrier_arrive_expect(full, L::kIn + kCodesBytes);
@@ -120,7 +99,7 @@ __device__ void copy_tensors(const Arguments& p, Pipeline<kTokens> pipeline, int
     for (int i = 0; i < range.low_steps; i++) {
       barrier_wait(pipeline.empty(), pipeline.place.parity ^ 1);
       barrier_arrive_expect(pipeline.full(), L::kIn);
-      load_tile(shared_address(pipeline.in()), &of.source.low, i * kStep, of.token, pipeline.full());
+      load_tile(shared_address(pipeline.in()), &p.sources[of.source].low, i * kStep, of.token, pipeline.full());
       pipeline.next();
     }
   }
@@ -130,13 +109,14 @@ __device__ void copy_tensors(const Arguments& p, Pipeline<kTokens> pipeline, int
 // its row and of the row kScalers on; in the gradient those of the groups of features of its row.
 template <bool gradient>
 struct ScaleReader {
-  Steps<gradient> steps;
+  const Arguments& p;
+  const uintptr_t scales;
   int64_t first;
   int stride, second;
   bool two;  // or one scale for both of a pair
 
-  __device__ ScaleReader(const Arguments& p, const Source& source, int feature, int thread)
-      : steps(p, source), two(p.block == int4::kGroup) {
+  __device__ ScaleReader(const Arguments& p, int source, int feature, int thread)
+      : p(p), scales(p.sources[source].scales), two(p.block == int4::kGroup) {
     const int blocks = (int)p.blocks;
     if (gradient) {
       first = thread * p.blocks + (two ? feature / int4::kGroup : feature / kStep);
@@ -147,19 +127,23 @@ struct ScaleReader {
       stride = two ? 2 : 1;
       second = kScalers * blocks;
     }
-    if (feature + kWarpgroupFeatures >= source.features) second = 0;  // beyond the edge nothing is written
+    if (feature + kWarpgroupFeatures >= p.sources[source].features) second = 0;  // beyond the edge nothing is written
   }
 
   __device__ int64_t index(int step, int pair) const { return first + (int64_t)step * stride + pair * second; }
 
-  // The word of memory that holds them: nothing may wait for it here.
-  __device__ uint32_t read(int step, int pair) {
-    const uint16_t* const scales = steps.source_at(step).scales;
-    return __ldg((const uint32_t*)scales + index(step - steps.begin, pair) / 2);
+  // The word of memory that holds them: nothing may wait for it here, nor branch.
+  __device__ uint32_t read(int step, int pair) const {
+    uintptr_t of_step = scales;
+    if (gradient) {
+#pragma unroll
+      for (int i = 1; i < ProductSm90::kMost; i++) of_step = step >= p.sources[i].begin ? p.sources[i].scales : of_step;
+    }
+    return __ldg((const uint32_t*)of_step + (index(step, pair) >> 1));
   }
   // Whose halves they are does not depend on the source: its first step is an even number of scales away.
   __device__ uint32_t both(uint32_t word, int step, int pair) const {
-    return __byte_perm(word, 0, two ? 0x3210 : index(step, pair) % 2 ? 0x3232 : 0x1010);
+    return __byte_perm(word, 0, two ? 0x3210 : index(step, pair) & 1 ? 0x3232 : 0x1010);
   }
 };
 
@@ -176,8 +160,8 @@ __device__ void copy_scales(const Arguments& p, Pipeline<kTokens> pipeline, int 
     pipeline.next();
   };
   for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
-    const auto of = TileOf::at<kTokens, gradient>(p, tile);
-    ScaleReader<gradient> scales(p, of.source, of.feature, thread);
+    const TileOf<gradient, kTokens> of(p, tile);
+    const ScaleReader<gradient> scales(p, of.source, of.feature, thread);
     uint32_t next[kGroupSteps][2];
     const auto read = [&](int first) {
 #pragma unroll
@@ -336,7 +320,8 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
   Encoded<gradient> encoded;
 
   for (int64_t tile = p.first + blockIdx.x / p.parts; tile < p.end; tile += gridDim.x / p.parts) {
-    const auto of = TileOf::at<kTokens, gradient>(p, tile);
+    const TileOf<gradient, kTokens> of(p, tile);
+    const Source& source = p.sources[of.source];
     const int feature = of.feature + warpgroup * kWarpgroupFeatures;
     uint32_t used = 0;
 
@@ -371,7 +356,7 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
       if (first > 0) wgmma_wait<0>();  // which reads the last factor's registers
       uint32_t factor[kStep / 16][4];
       for (int i = 0; i < kStep / 16; i++) {
-        if (first + 16 * i < p.low_columns) read_factor<gradient>(factor[i], p, of.source, feature, first + 16 * i);
+        if (first + 16 * i < p.low_columns) read_factor<gradient>(factor[i], p, source, feature, first + 16 * i);
       }
       wgmma_wait<0>();
       release(used);
@@ -398,7 +383,7 @@ __device__ void consume(const Arguments& p, Pipeline<kTokens> pipeline, int part
         break;
     }
     const int slice = kTokens / p.parts;
-    write<gradient, kTokens>(of.source, sums, out, feature, of.token + part * slice, slice);
+    write<gradient, kTokens>(source, sums, out, feature, of.token + part * slice, slice);
   }
   if (threadIdx.x % kWarpgroup == 0) wait_stores();
 }
@@ -507,12 +492,13 @@ bool describe(Source* source, const ProductSm90& product, int index, int parts) 
   const ProductSm90::Source& of = product.sources[index];
   const Weight& w = of.weight;
   const int64_t features = gradient ? w.columns : w.rows, contraction = gradient ? w.rows : w.columns;
-  source->scales = (const uint16_t*)w.scales;
   source->bias = of.bias;
   source->factor = of.factor;
   source->features = (int)features;
   const Extent before = extent_of(product, index);
   source->begin = gradient ? before.steps : before.feature_tiles;
+  const int64_t of_step = kStep * int4::blocks(w.columns, w.block) * sizeof(uint16_t);
+  source->scales = (uintptr_t)w.scales - (gradient ? before.steps * of_step : 0);
   const Matrix codes = {CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, w.rows, int4::row_bytes(w.columns),
                         gradient ? kStep : kFeatures, (gradient ? kFeatures : kStep) / 2,
                         gradient ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B};
@@ -542,7 +528,6 @@ int launch(const ProductSm90& product, const Work& work, int processors, cudaStr
   const Weight& w = product.sources[0].weight;
   const Extent extent = extent_of(product, product.count);
   Arguments p = {};
-  p.count = product.count;
   p.blocks = int4::blocks(w.columns, w.block);
   p.block = w.block;
   p.rank = product.rank;
@@ -553,8 +538,11 @@ int launch(const ProductSm90& product, const Work& work, int processors, cudaStr
   p.first = work.first;
   p.end = work.end;
   p.parts = work.parts;
-  for (int i = 0; i < p.count; i++) {
-    if (!describe<gradient, kTokens>(&p.sources[i], product, i, p.parts)) return cudaErrorInvalidValue;
+  for (int i = 0; i < ProductSm90::kMost; i++) {
+    p.sources[i].begin = INT32_MAX;
+    if (i < product.count && !describe<gradient, kTokens>(&p.sources[i], product, i, p.parts)) {
+      return cudaErrorInvalidValue;
+    }
   }
 
   const auto kernel = product_kernel<gradient, kTokens>;
