@@ -155,6 +155,13 @@ class CrossEntropyFunction(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight = ctx.saved_tensors
         valid = target != ctx.ignore_index
+        if not torch.is_grad_enabled() and _has_kernel(input, target, weight, ctx.label_smoothing):
+            if ctx.reduction == "mean":
+                dy = dy / valid.sum(dtype=torch.float32)
+            rows, dy = input.reshape(-1, input.shape[-1]), widen(dy).expand(target.shape).reshape(-1)
+            dx = torch.ops.entrenar.cross_entropy_gradient(rows, target.reshape(-1), dy, ctx.ignore_index)
+            return dx.view(input.shape), None, None, None, None, None
+
         index = target.where(valid, 0)
         weight = None if weight is None else widen(weight)
         at_target = (
@@ -165,11 +172,6 @@ class CrossEntropyFunction(Function):
         if ctx.reduction == "mean":
             dy = dy / at_target.sum()
         dy = widen(dy).where(valid, 0)
-        if not torch.is_grad_enabled() and _has_kernel(input, target, weight, ctx.label_smoothing):
-            rows = input.reshape(-1, input.shape[-1])
-            dx = torch.ops.entrenar.cross_entropy_gradient(rows, target.reshape(-1), dy.reshape(-1), ctx.ignore_index)
-            return dx.view(input.shape), None, None, None, None, None
-
         x, dim = widen(input), _class_dim(input)
         smoothing, classes = ctx.label_smoothing, x.shape[dim]
         at_target = (1 - smoothing) * at_target
