@@ -2,6 +2,7 @@
 #include "activation.h"
 
 #include "../mills.h"
+#include "functions.h"
 #include "rows.h"
 
 namespace entrenar {
@@ -9,28 +10,31 @@ namespace entrenar {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPacks = 2;  // of each array, by a thread: their loads are in flight together
-constexpr int kHeld = 4;   // packs of a row
+constexpr int kHeld = 4;  // packs of a row
 
-__device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+template <Dtype dtype>
+__device__ float sigmoid(float x) {
+  return reciprocal<dtype>(1.0f + exponential<dtype>(-x));
+}
 
 // An element of the result, from elements of two arrays.
 template <Binary f>
 struct BinaryOf {
   static constexpr int kIn = 2, kOut = 1;
+  template <Dtype dtype>
   static __device__ void apply(const float (&in)[kIn], float (&out)[kOut]) {
     const float a = in[0], b = in[1];
     if constexpr (f == kSiluBackward) {
-      const float s = sigmoid(b);
+      const float s = sigmoid<dtype>(b);
       out[0] = a * (s * (1.0f + b * (1.0f - s)));
     } else if constexpr (f == kGeluBackward) {
-      const float density = 0x1.988454p-2f * expf(-0.5f * (b * b));  // φ(b)
-      const float tail = density * mills_ratio(1.0f / (1.0f + kMillsSlope * fabsf(b)));
+      const float density = 0x1.988454p-2f * exponential<dtype>(-0.5f * (b * b));  // φ(b)
+      const float tail = density * mills_ratio(reciprocal<dtype>(1.0f + kMillsSlope * fabsf(b)));
       out[0] = a * ((b < 0 ? tail : 1.0f - tail) + b * density);
     } else if constexpr (f == kGeluTanhBackward) {
       constexpr float kSlope = 0.7978845608f, kCubic = 0.044715f;  // √(2/π)
       const float square = b * b;
-      const float s = sigmoid(2 * kSlope * (b + kCubic * (square * b)));  // (1 + tanh u) / 2 = σ(2u)
+      const float s = sigmoid<dtype>(2 * kSlope * (b + kCubic * (square * b)));  // (1 + tanh u) / 2 = σ(2u)
       out[0] = a * (s + b * (2.0f * s) * (1.0f - s) * (kSlope * (1.0f + 3 * kCubic * square)));
     } else if constexpr (f == kSigmoidBackward) {
       out[0] = a * (1.0f - b) * b;
@@ -38,15 +42,16 @@ struct BinaryOf {
       out[0] = a * (1.0f - b * b);
     } else {
       static_assert(f == kSwiGLU, "");
-      out[0] = a * sigmoid(a) * b;
+      out[0] = a * sigmoid<dtype>(a) * b;
     }
   }
 };
 
 struct SwiGLUBackward {
   static constexpr int kIn = 3, kOut = 2;
+  template <Dtype dtype>
   static __device__ void apply(const float (&in)[kIn], float (&out)[kOut]) {
-    const float dy = in[0], g = in[1], s = sigmoid(g);
+    const float dy = in[0], g = in[1], s = sigmoid<dtype>(g);
     out[0] = dy * in[2] * (s * (1.0f + g * (1.0f - s)));
     out[1] = dy * (g * s);
   }
@@ -58,43 +63,28 @@ struct Arrays {
   void* out[F::kOut];
 };
 
-// Packs of n elements, and what is left beyond the last whole pack.
+// The n elements from i on.
+template <class F, Dtype dtype, int n>
+__device__ void apply_at(const Arrays<F>& arrays, int64_t i) {
+  using Bits = typename Float<dtype>::Bits;
+  Pack<float, n> in[F::kIn], out[F::kOut];
+  for (int a = 0; a < F::kIn; a++) in[a] = widened<dtype>(load<n>((const Bits*)arrays.in[a] + i));
+  for (int e = 0; e < n; e++) {
+    float values[F::kIn], results[F::kOut];
+    for (int a = 0; a < F::kIn; a++) values[a] = in[a].at[e];
+    F::template apply<dtype>(values, results);
+    for (int a = 0; a < F::kOut; a++) out[a].at[e] = results[a];
+  }
+  for (int a = 0; a < F::kOut; a++) store((Bits*)arrays.out[a] + i, narrowed<dtype>(out[a]));
+}
+
+// A pack for each thread, in so few registers that a multiprocessor is full of threads: on an H200 more packs each, in
+// flight together, take as long. The first threads take an element each of what is left beyond the last whole pack.
 template <class F, Dtype dtype, int n>
 __global__ void __launch_bounds__(kThreads) elementwise_kernel(Arrays<F> arrays, int64_t size) {
-  using Bits = typename Float<dtype>::Bits;
-  const int64_t first = ((int64_t)blockIdx.x * kPacks * kThreads + threadIdx.x) * n;
-  Pack<Bits, n> in[kPacks][F::kIn];
-#pragma unroll
-  for (int p = 0; p < kPacks; p++) {
-    const int64_t i = first + (int64_t)p * kThreads * n;
-    for (int a = 0; a < F::kIn; a++) {
-      const auto* from = (const Bits*)arrays.in[a];
-      if (i + n <= size) {
-        in[p][a] = load<n>(from + i);
-      } else {
-        for (int e = 0; e < n; e++) in[p][a].at[e] = i + e < size ? from[i + e] : Bits();
-      }
-    }
-  }
-#pragma unroll
-  for (int p = 0; p < kPacks; p++) {
-    const int64_t i = first + (int64_t)p * kThreads * n;
-    Pack<Bits, n> out[F::kOut];
-    for (int e = 0; e < n; e++) {
-      float values[F::kIn], results[F::kOut];
-      for (int a = 0; a < F::kIn; a++) values[a] = Float<dtype>::widen(in[p][a].at[e]);
-      F::apply(values, results);
-      for (int a = 0; a < F::kOut; a++) out[a].at[e] = Float<dtype>::narrow(results[a]);
-    }
-    for (int a = 0; a < F::kOut; a++) {
-      auto* to = (Bits*)arrays.out[a];
-      if (i + n <= size) {
-        store(to + i, out[a]);
-      } else {
-        for (int e = 0; e < n && i + e < size; e++) to[i + e] = out[a].at[e];
-      }
-    }
-  }
+  const int64_t thread = (int64_t)blockIdx.x * kThreads + threadIdx.x, packs = size / n, left = packs * n + thread;
+  if (thread < packs) apply_at<F, dtype, n>(arrays, thread * n);
+  if (n > 1 && left < size) apply_at<F, dtype, 1>(arrays, left);
 }
 
 template <class F>
@@ -105,7 +95,7 @@ int elementwise(Dtype dtype, int64_t size, const Arrays<F>& arrays, void* stream
   for (const void* pointer : arrays.out) aligned = aligned && aligned_to_16(pointer);
   return with_dtype(dtype, [&](auto type) -> int {
     constexpr int wide = kWide<type.value>;
-    const int64_t in_block = (int64_t)kThreads * kPacks * (aligned ? wide : 1);
+    const int64_t in_block = (int64_t)kThreads * (aligned ? wide : 1);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)((size + in_block - 1) / in_block));
     config.blockDim = dim3(kThreads);
@@ -137,7 +127,7 @@ __global__ void __launch_bounds__(kMaxTeam, 1)
       for (int e = 0; e < n; e++) total[0] += dys.at[e] * ys.at[e];
     }
   });
-  team_sum(total);
+  team_sum(total, 0);
   auto* to = (typename Float<dtype>::Bits*)dx + row * columns;
   for_packs<n, held>(columns, [&](int p, int64_t i) {
     Pack<float, n> dys = gradient.at(p, i);

@@ -5,31 +5,18 @@
 #include <assert.h>
 
 #include "cross_entropy.h"
+#include "functions.h"
 #include "rows.h"
 
 namespace entrenar {
 
 namespace {
 
+// One number with and without the gradient: the losses have the same bits. On an H200, rows of 32000, 256 take 9 % less
+// time for the losses and 9 % more for the gradient.
 constexpr int kThreads = 512;
-constexpr int kLoads = 4;  // of a thread, in flight together
-constexpr float kLog2e = 1.44269504088896341f;
-
-// The exponential of x <= 0, of which float32 gets all digits and 16 bits the leading ones.
-template <Dtype dtype>
-__device__ float exponential(float x) {
-  if constexpr (dtype == kFloat32) {
-    return expf(x);
-  } else {
-#if defined(__CUDA_ARCH__)
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * kLog2e));
-    return y;
-#else
-    return exp2f(x * kLog2e);
-#endif
-  }
-}
+constexpr int kBlocks = 3;  // of kThreads, on a multiprocessor: so each thread may have 42 registers
+constexpr int kLoads = 4;   // of a thread, in flight together
 
 // Σ e^(x - highest) over logits x seen so far, of which `highest` is the largest; -infinity before the first.
 template <Dtype dtype>
@@ -91,15 +78,25 @@ __device__ Split split_of(const typename Float<dtype>::Bits* row, int64_t column
 constexpr size_t kSumBytes = 2 * kWarp * sizeof(float);  // at the start of shared memory
 
 template <Dtype dtype, int n>
-__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropy p, int64_t packs_kept) {
+__global__ void __launch_bounds__(kThreads, kBlocks) cross_entropy_kernel(CrossEntropy p, int64_t packs_kept) {
   using Bits = typename Float<dtype>::Bits;
   const int64_t row = blockIdx.x, target = p.targets[row];
   const auto* logits = (const Bits*)p.logits + row * p.classes;
   auto* gradient = p.gradient ? (Bits*)p.gradient + row * p.classes : nullptr;
   const Split split = split_of<dtype, n>(logits, p.classes);
+  Waiting<Bits, n> packs[kLoads];
+  const auto read = [&](int64_t first) {
+#pragma unroll
+    for (int l = 0; l < kLoads; l++) {
+      const int64_t i = first + l * blockDim.x;
+      if (i < split.packs) packs[l] = load_waiting<n>(logits + split.head + i * n);
+    }
+  };
+  read(threadIdx.x);  // on its way while the target is waited for
   if (target == p.ignore_index) {
     if (gradient) {
-      for (int64_t i = threadIdx.x; i < split.packs; i += blockDim.x) store(gradient + split.head + i * n, Pack<Bits, n>());
+      const Pack<Bits, n> zeros = {};
+      for (int64_t i = threadIdx.x; i < split.packs; i += blockDim.x) store(gradient + split.head + i * n, zeros);
       for (int64_t s = threadIdx.x; s < split.singles(); s += blockDim.x) gradient[split.single(s)] = Bits();
     }
     if (p.losses && threadIdx.x == 0) p.losses[row] = 0.0f;
@@ -108,34 +105,31 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropy p,
   assert(target >= 0 && target < p.classes);
   const float target_logit = Float<dtype>::widen(logits[target]);
 
-  auto* kept = (Pack<Bits, n>*)(shared_memory() + kSumBytes);
+  auto* kept = (Waiting<Bits, n>*)(shared_memory() + kSumBytes);
   SumOfExponentials<dtype> sum;
   for (int64_t first = threadIdx.x; first < split.packs; first += kLoads * blockDim.x) {
-    Pack<Bits, n> bits[kLoads];
-#pragma unroll
-    for (int l = 0; l < kLoads; l++) {
-      const int64_t i = first + l * blockDim.x;
-      if (i < split.packs) bits[l] = load<n>(logits + split.head + i * n);
-    }
+    if (first > threadIdx.x) read(first);
 #pragma unroll
     for (int l = 0; l < kLoads; l++) {
       const int64_t i = first + l * blockDim.x;
       if (i >= split.packs) break;
-      if (i < packs_kept) kept[i] = bits[l];
-      sum.add(widened<dtype>(bits[l]));
+      if (i < packs_kept) kept[i] = packs[l];
+      sum.add(widened<dtype>(pack_of<Bits, n>(packs[l])));
     }
   }
   for (int64_t s = threadIdx.x; s < split.singles(); s += blockDim.x) {
     sum.add(widened<dtype>(load<1>(logits + split.single(s))));
   }
+  const float scale = p.scales ? p.scales[row] : 1.0f;  // on its way while the block adds up
   sum.over_block((float*)shared_memory());
   const float highest = sum.highest, at_target = target_logit - highest;
   if (p.losses && threadIdx.x == 0) p.losses[row] = logf(sum.sum) - at_target;
   if (!gradient) return;
 
-  const float scale = p.scales ? p.scales[row] : 1.0f, factor = scale / sum.sum;
+  const float factor = scale / sum.sum;
   for (int64_t i = threadIdx.x; i < split.packs; i += blockDim.x) {
-    Pack<float, n> values = widened<dtype>(i < packs_kept ? kept[i] : load<n>(logits + split.head + i * n));
+    const auto bits = i < packs_kept ? kept[i] : load_waiting<n>(logits + split.head + i * n);
+    Pack<float, n> values = widened<dtype>(pack_of<Bits, n>(bits));
     for (float& value : values.at) value = exponential<dtype>(value - highest) * factor;
     store(gradient + split.head + i * n, narrowed<dtype>(values));
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -249,8 +250,8 @@ def test_strides(kernel, strides, backend):
 ROW_KERNELS = [param for param in PARAMS if "norm" in param.id or "softmax" in param.id]
 
 
-# What a GPU's threads hold of a row ends at 2048 columns that are not aligned, and at 8192 or 16384 that are.
-@pytest.mark.parametrize("columns", [2049, 4096, 16392])
+# What a GPU's threads hold of a row ends at 1024 or 2048 columns that are not aligned, and at 8192 or 16384 that are.
+@pytest.mark.parametrize("columns", [1025, 2049, 4096, 8200, 16392])
 @pytest.mark.parametrize("kernel", ROW_KERNELS)
 def test_long_rows(kernel, columns, backend):
     check(kernel, arguments(kernel, (2,), columns, torch.bfloat16), 8)
@@ -292,6 +293,31 @@ def test_extreme_values_go_where_torchs_go(name, dtype, backend):
     a, b = (x.to(dtype) for x in torch.cartesian_prod(*2 * [torch.tensor(EXTREMES)]).T)
     actual, expected = KERNELS[name].call(a, b), ATEN[name](a, b)
     torch.testing.assert_close(actual, expected, equal_nan=True, atol=2 * torch.finfo(dtype).smallest_normal, rtol=0.02)
+
+
+# The gradient at dy = 1 of each, and the sizes of the two terms that it adds up, which may cancel.
+SLOPES = {
+    "silu_backward": lambda x: (x.sigmoid(), x * x.sigmoid() * (-x).sigmoid()),
+    "gelu_backward": lambda x: ((-x / 2**0.5).erfc() / 2, x * (-x * x / 2).exp() / (2 * math.pi) ** 0.5),
+    "swiglu": lambda x: (x * x.sigmoid(), torch.zeros_like(x)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SLOPES)
+def test_every_value_of_sixteen_bits(name, dtype, backend):
+    """In the tails too: but for the result's rounding, and for that to float32 of the argument of an exponential."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = x[x.abs() < 80]
+    one = torch.ones_like(x)
+    actual = KERNELS[name].call(*((x, one) if name == "swiglu" else (one, x))).double()
+    wide = x.double()
+    terms = SLOPES[name](wide)
+    expected = sum(terms)
+    error = (actual - expected).abs() - ROUNDING[dtype] * expected.abs()
+    steps = 8 + wide.abs() * (1 + wide.abs())
+    allowed = steps * 2**-24 * sum(term.abs() for term in terms) + torch.finfo(dtype).smallest_normal
+    assert (error <= allowed).all(), f"{x[(error - allowed).argmax()]} is off by {(error - allowed).max():.3g}"
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e-20, 1e19, 1e25, float("inf"), float("nan")])
