@@ -16,6 +16,31 @@ static __device__ __forceinline__ void copy_async_16(void* shared, const void* g
 #endif
 }
 
+// 4 aligned bytes from global to shared memory.
+static __device__ __forceinline__ void copy_async_4(void* shared, const void* global) {
+#if defined(ENTRENAR_EMULATED)
+  memcpy(shared, global, 4);
+#else
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global)
+               : "memory");
+#endif
+}
+
+// Makes a group of the thread's copies since the last one.
+static __device__ __forceinline__ void group_copies() {
+#if !defined(ENTRENAR_EMULATED)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for the thread's own groups but the last kLeft.
+template <int kLeft>
+static __device__ __forceinline__ void wait_for_groups() {
+#if !defined(ENTRENAR_EMULATED)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
 // Waits for the thread's own copies.
 static __device__ __forceinline__ void wait_for_copies() {
 #if !defined(ENTRENAR_EMULATED)

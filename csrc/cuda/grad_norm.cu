@@ -7,34 +7,38 @@ namespace entrenar {
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kNormThreads = 1024;
 constexpr int kPack = 4;
+
+template <Dtype dtype>
+__device__ void add_square(float& sum, typename Float<dtype>::Bits bits) {
+  const float value = Float<dtype>::widen(bits);
+  sum += value * value;
+}
 
 template <Dtype dtype>
 __device__ float squares_of(const void* data, int64_t begin, int64_t end) {
   using Bits = typename Float<dtype>::Bits;
-  const auto* from = (const Bits*)data;
+  using P = Pack<Bits, kPack>;
+  const auto* from = (const Bits*)data + begin;
+  const int count = (int)(end - begin);
   float sum = 0;
-  if ((uintptr_t)data % sizeof(Pack<Bits, kPack>) == 0) {
-    for (int64_t i = begin + threadIdx.x * kPack; i < end; i += kThreads * kPack) {
-      if (i + kPack <= end) {
-        const auto pack = *(const Pack<Bits, kPack>*)(from + i);
-        for (int j = 0; j < kPack; j++) {
-          const float value = Float<dtype>::widen(pack.at[j]);
-          sum += value * value;
-        }
-      } else {
-        for (int64_t j = i; j < end; j++) {
-          const float value = Float<dtype>::widen(from[j]);
-          sum += value * value;
-        }
-      }
+  if ((uintptr_t)data % sizeof(P) == 0) {
+    constexpr int kPacks = kNormPiece / (kThreads * kPack);
+    const int whole = count / kPack, rest = whole * kPack + (int)threadIdx.x;
+    P packs[kPacks] = {};  // all are on their way at once
+#pragma unroll
+    for (int k = 0; k < kPacks; k++) {
+      const int at = k * kThreads + threadIdx.x;
+      if (at < whole) packs[k] = ((const P*)from)[at];
     }
+#pragma unroll
+    for (int k = 0; k < kPacks; k++) {
+      for (int j = 0; j < kPack; j++) add_square<dtype>(sum, packs[k].at[j]);
+    }
+    if (rest < count) add_square<dtype>(sum, from[rest]);
   } else {
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const float value = Float<dtype>::widen(from[i]);
-      sum += value * value;
-    }
+    for (int i = threadIdx.x; i < count; i += kThreads) add_square<dtype>(sum, from[i]);
   }
   return sum;
 }
@@ -61,13 +65,14 @@ __global__ void __launch_bounds__(kThreads)
   sums[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(kThreads) norm_kernel(const float* sums, int64_t pieces, double max_norm, float* out) {
+__global__ void __launch_bounds__(kNormThreads)
+    norm_kernel(const float* sums, int64_t pieces, double max_norm, float* out) {
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < pieces; i += kThreads) sum += sums[i];
+  for (int64_t i = threadIdx.x; i < pieces; i += kNormThreads) sum += sums[i];
   auto* shared = (double*)shared_memory();
   shared[threadIdx.x] = sum;
   __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
+  for (int half = kNormThreads / 2; half > 0; half /= 2) {
     if ((int)threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
     __syncthreads();
   }
@@ -90,7 +95,7 @@ int grad_norm_cuda(const NormTensor* tensors, int64_t count, double max_norm, fl
         return (int)cudaLaunchKernelEx(&config, squares_kernel, batch, to);
       });
   if (launched != cudaSuccess) return launched;
-  const cudaLaunchConfig_t config = launch_config(1, kThreads, kThreads * sizeof(double), stream);
+  const cudaLaunchConfig_t config = launch_config(1, kNormThreads, kNormThreads * sizeof(double), stream);
   const float* const read = sums;
   return (int)cudaLaunchKernelEx(&config, norm_kernel, read, pieces, max_norm, out);
 }

@@ -244,12 +244,13 @@ class KernelOptimizer(Optimizer):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not grads:
             return {}
-        factor = torch.ones((), device=grads[0].device)
         if measured:
             limit = math.inf if self.max_norm is None else self.max_norm
             self.grad_norm, factor = global_norm(grads, limit, scale)
-        elif scale is not None:
-            factor = factor / scale.to(factor.device)
+        else:
+            factor = torch.ones((), device=grads[0].device)
+            if scale is not None:
+                factor = factor / scale.to(factor.device)
         if found_inf is not None:
             factor = torch.where(found_inf.to(factor.device) == 0, factor, torch.nan)
         factors = {device: factor.to(device) for device in dict.fromkeys(grad.device for grad in grads)}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -125,19 +128,16 @@ def test_the_maps_do_not_depend_on_the_default_device():
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", EIGHT_BITS)
-@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 50), (torch.bfloat16, 3), (torch.float16, 3)])
-def test_steps_are_the_references(kind, dtype, steps, backend):
-    """Decode, the rule in float32, encode: to the bit."""
-    shapes = [(5000,), (4096,), (17, 31), (3,)]
-    params = parameters(dtype, shapes=shapes)
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def compare_steps(make: Callable[[list], Any], params, gradients_of: Callable[[int], None], steps: int) -> None:
+    """Steps are those of the reference, to the bit: decode, the rule in float32, encode."""
     copies = on_the_cpu(params)
-    optimizer, plain = (
-        EIGHT_BITS[kind]([{"params": side[:1]}, {"params": side[1:]}], **KINDS[kind][1], min_8bit_size=100)
-        for side in (params, copies)
-    )
+    optimizer, plain = make(params), make(copies)
     for step in range(steps):
-        set_gradients(params, step, missing=0)
+        gradients_of(step)
         optimizer.step()
         for group in plain.param_groups:
             for same in group["params"]:
@@ -148,10 +148,57 @@ def test_steps_are_the_references(kind, dtype, steps, backend):
                 with torch.no_grad():
                     plain._step_in_torch(group, same, param.grad.to("cpu", copy=True), state)
         for param, same in zip(params, copies, strict=True):
-            assert torch.equal(param.cpu(), same)
+            assert same_bits(param.cpu(), same)
             for name, value in plain.state[same].items():
-                assert optimizer.state[param][name].dtype == value.dtype
-                assert torch.equal(optimizer.state[param][name].cpu(), value), name
+                assert same_bits(optimizer.state[param][name].cpu(), value), name
+
+
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 50), (torch.bfloat16, 3), (torch.float16, 3)])
+def test_steps_are_the_references(kind, dtype, steps, backend):
+    def make(params):
+        return EIGHT_BITS[kind]([{"params": params[:1]}, {"params": params[1:]}], **KINDS[kind][1], min_8bit_size=100)
+
+    params = parameters(dtype, shapes=[(5000,), (4096,), (17, 31), (3,)])
+    compare_steps(make, params, lambda step: set_gradients(params, step, missing=0), steps)
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"lr": 0.0}, {"eps": 1e-17}, {"eps": 1e-30}, {"eps": 1e6}, {"weight_decay": 0.0}], ids=str
+)
+@pytest.mark.parametrize("kind", ["adam", "adamw"])  # whose roots and quotients depend on it
+def test_steps_at_the_ends_of_the_range_are_the_references(kind, changed, backend):
+    """Zeros of either sign, blocks of them, and gradients from the least numbers to some with large squares."""
+    settings = {**KINDS[kind][1], **changed}
+    params = parameters(torch.float32, shapes=[(5000,), (4096,), (2049,)])
+    with torch.no_grad():
+        params[0][:700] = -0.0
+        params[0][700:1400] = 0.0
+
+    def set_extremes(step: int) -> None:
+        generator = torch.Generator().manual_seed(step)
+        for param, (low, high) in zip(params, [(-45, -12), (-18, -10), (-30, 16)], strict=True):
+            draws = torch.rand(2, param.numel(), generator=generator, device="cpu", dtype=torch.float64)
+            grad = (10 ** (low + (high - low) * draws[0]) * (draws[1] - 0.5).sign()).float()
+            grad[:512] *= 0
+            grad[1000::7] *= 0
+            param.grad = grad.to(param.device)
+
+    make = functools.partial(EIGHT_BITS[kind], **settings, min_8bit_size=100)
+    compare_steps(make, params, set_extremes, 4)
+
+
+@pytest.mark.parametrize("offset", [1, 4])
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+def test_steps_of_tensors_that_begin_anywhere_are_the_references(kind, offset, backend):
+    params = [torch.nn.Parameter(torch.randn(n + offset)[offset:]) for n in (2000, 256, 2304)]
+
+    def set_some(step: int) -> None:
+        for param in params:
+            param.grad = torch.randn(param.numel() + offset)[offset:]
+
+    make = functools.partial(EIGHT_BITS[kind], **KINDS[kind][1], min_8bit_size=100)
+    compare_steps(make, params, set_some, 2)
 
 
 def test_what_small_tensors_and_others_keep():

@@ -254,6 +254,12 @@ T __shfl_up_sync(unsigned, T value, int offset) {
   return emulator::shuffle(value, [=](int lane) { return lane - offset; });
 }
 
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  unsigned result;
+  emulator::with_warp(value, [&](const unsigned* values, int) { result = *std::max_element(values, values + 32); });
+  return result;
+}
+
 inline void __syncwarp(unsigned = ~0u) { emulator::wait(emulator::warps[emulator::current / 32].barrier, 32); }
 inline void __syncthreads() { emulator::wait_for_block(); }
 
@@ -288,12 +294,20 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 #undef assert
 #define assert(condition) ((condition) ? (void)0 : emulator::fail(#condition))
 
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount
+};
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : emulator::kSharedBytes;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::kSharedBytes; break;
+    case cudaDevAttrMultiProcessorCount: *value = 1; break;
+  }
   return cudaSuccess;
 }
 
