@@ -32,9 +32,8 @@ struct Codebook {
 
 constexpr int kThresholdBits = 17;
 constexpr int kCodebookWords = sizeof(Codebook) / sizeof(uint32_t);
-constexpr int kCodebookSmallWords = 2 * kCodes + 32 + 32 + 16 + 16;  // without the buckets
 
-static_assert(kCodebookWords == kCodebookSmallWords + (1 << 12), "an array of 32-bit words");
+static_assert(kCodebookWords == 2 * kCodes + 2 * 32 + 2 * 16 + (1 << 12), "an array of 32-bit words");
 
 INT4_HD int64_t code_blocks(int64_t size) { return (size + kCodeBlock - 1) / kCodeBlock; }
 
