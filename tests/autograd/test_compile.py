@@ -9,6 +9,9 @@ from entrenar.autograd import ops
 from entrenar.autograd.ops import _override
 from entrenar.autograd.ops._function import Function
 
+# Torch's compiler makes an object of a class that torch itself warns against making.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
 FUNCTIONS = {
     "square": lambda x: ops.mul(x, x),
     "sum": lambda x: ops.add(ops.exp(x), other=ops.exp(x)) + ops.sub(input=x, other=x, alpha=3),
@@ -20,8 +23,6 @@ FUNCTIONS = {
 }
 
 
-# Torch's compiler makes an object of a class that torch itself warns against making.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiles_without_graph_breaks(name):
     function, x = FUNCTIONS[name], torch.randn(4, 4, requires_grad=True)
@@ -29,6 +30,17 @@ def test_compiles_without_graph_breaks(name):
     for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
         y = f(x)
         results.append((y, *torch.autograd.grad(y.sin().sum(), x)))
+    torch.testing.assert_close(*results)
+
+
+# After the break torch's compiler looks for the gradients of results.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_dropout_breaks_the_graph():
+    args, results = [torch.randn(2, 5, 8, requires_grad=True) for _ in range(3)], []
+    for f in (ops.attention, torch.compile(ops.attention, backend="aot_eager")):
+        torch.manual_seed(1)
+        y = f(*args, dropout_p=0.5)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), args)))
     torch.testing.assert_close(*results)
 
 

@@ -7,6 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+
+def run_as_it_is(function: Callable[..., Any], *, all_within: bool) -> None:
+    """Keep torch's compiler from frames of `function`, and of what it calls if `all_within`; inlined it is compiled.
+
+    `torch.compiler.disable` would import the compiler, and wrap all functions in the same code, by which the compiler
+    tells them apart.
+    """
+    within = _FrameAction.SKIP if all_within else _FrameAction.DEFAULT
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, within))
 
 
 class Function(torch.autograd.Function):
@@ -27,6 +38,10 @@ class Function(torch.autograd.Function):
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+# Beside a break of the graph its frame comes by itself, and the compiler fails at `super`.
+run_as_it_is(Function.apply.__func__, all_within=False)  # type: ignore[attr-defined]
 
 
 def below_autograd(op: Any, *args: Any) -> Any:

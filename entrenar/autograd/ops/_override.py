@@ -10,6 +10,8 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_map_only
 
+from entrenar.autograd.ops._function import run_as_it_is
+
 TRACED = torch.__version__ >= "2.13"
 """Whether torch's compiler looks into the operations.
 
@@ -22,7 +24,8 @@ Op = TypeVar("Op", bound=Callable[..., Any])
 def overridable(op: Op) -> Op:
     """Offer each call of `op` to the modes and tensor subclasses that override torch functions, before it runs."""
     if not TRACED:
-        _take_whole(op)
+        torch.compiler.allow_in_graph(op)
+        run_as_it_is(op, all_within=True)  # where it cannot be in a graph
 
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -34,17 +37,6 @@ def overridable(op: Op) -> Op:
         return op(*args, **kwargs)
 
     return call  # type: ignore[return-value]
-
-
-def _take_whole(op: Callable[..., Any]) -> None:
-    """Let torch's compiler put `op` into its graphs as a node, and where it cannot, run `op` and all within as it is.
-
-    Not by `torch.compiler.disable`, which gives all operations one code: by it the compiler tells functions apart.
-    """
-    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-
-    torch.compiler.allow_in_graph(op)
-    set_code_exec_strategy(op.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 def _distinct(arguments: Any) -> Any:
