@@ -56,9 +56,10 @@ sanitize() {
   return "$status"
 }
 
-# Warps of Hopper's product wait for each other at barriers in memory, in an order that racecheck does not see. Under it
-# calls of the product with few rows failed with a hardware exception, which racecheck could not handle, and neither
-# memcheck nor synccheck saw: there the blocks of a cluster read each other's memory. It sees those of a single block.
+# Warps of Hopper's product wait for each other at barriers in memory, in an order that racecheck does not see. On an
+# H200 racecheck ended with a hardware exception that it could not handle, in calls in which memcheck and synccheck saw
+# nothing. The likely place is the product with few rows, whose blocks of a cluster read each other's memory: of it
+# racecheck gets the calls of single blocks.
 sanitize_by() {
   local kernels=(--kernel-name kns=entrenar) parts=()
   case $1 in
