@@ -18,9 +18,9 @@ struct Batch {
   T tensors[kMost];
   int end[kMost];  // the blocks of a tensor come before this one
 
-  // Which tensor a block works on.
-  __device__ int find(int block) const {
-    int low = 0, high = count - 1;  // the first that ends after this block
+  // Which tensor a block works on, if none before `low`.
+  __device__ int find(int block, int low = 0) const {
+    int high = count - 1;  // the first that ends after this block
     while (low < high) {
       const int middle = (low + high) / 2;
       if (end[middle] > block) {
