@@ -23,11 +23,14 @@ using Tensors = std::vector<Tensor>;
 struct Layer {
   Tensor codes, scales;
   Weight w;
-  Tensor A, B;  // contiguous
+  Tensor A, B;  // contiguous, until the device has prepared them
   int64_t rank;
 };
 
 // The products, which each device defines. Tensors are contiguous, and have checked sizes.
+
+// The layers with A and B as the products take them: those of the forward, or of the gradients.
+std::vector<Layer> prepared(const Tensor& x, const std::vector<Layer>& given, bool gradients);
 
 // scaling x Aᵀ of each layer, in one pass over x.
 Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double scaling);
@@ -37,8 +40,8 @@ using Biases = std::vector<std::optional<Tensor>>;
 Tensors project_up(const Tensor& x, const Tensors& us, const std::vector<Layer>& layers, const Biases& biases,
                    bool int8);
 
-// scaling dy_i B_i of each layer.
-Tensors project_back(const Tensors& dys, const std::vector<Layer>& layers, double scaling);
+// scaling dy B
+Tensor project_back(const Tensor& dy, const Layer& layer, double scaling);
 
 // Σ dy_i W_i + du_i A_i, into a tensor like x. Either list may be empty.
 Tensor sum_back(const Tensor& x, const Tensors& dys, const Tensors& dus, const std::vector<Layer>& layers);
@@ -72,27 +75,17 @@ std::vector<Layer> layers_of(const Tensor& x, const Tensors& codes, const Tensor
   return layers;
 }
 
-// Columns that belong to the ranks of each layer.
-Tensors split_ranks(Tensor all, const std::vector<Layer>& layers) {
-  Tensors parts;
-  int64_t begin = 0;
-  for (const Layer& layer : layers) {
-    parts.push_back(torch::stable::clone(torch::stable::narrow(all, -1, begin, layer.rank)));
-    begin += layer.rank;
-  }
-  return parts;
-}
-
 int64_t ranks_of(const std::vector<Layer>& layers) {
   int64_t ranks = 0;
   for (const Layer& layer : layers) ranks += layer.rank;
   return ranks;
 }
 
-std::tuple<Tensors, Tensors> forward(const Tensor& x, const Tensor& lora_x, const std::vector<Layer>& layers,
+std::tuple<Tensors, Tensors> forward(const Tensor& x, const Tensor& lora_x, const std::vector<Layer>& given,
                                      std::optional<Tensor> bias, double scaling, bool int8) {
   check_device(lora_x, "lora_x", x);
   if (bias) check_device(*bias, "bias", x);
+  const std::vector<Layer> layers = prepared(x, given, false);
   Biases biases;
   int64_t begin = 0;
   for (const Layer& layer : layers) {
@@ -112,33 +105,32 @@ struct Gradients {
 };
 
 // x is what A saw. Where that was not the layer's own x, the gradients of the two are `apart`.
-Gradients backward(const Tensors& dys, const Tensor& x, const std::vector<Layer>& layers, const Tensors& us,
+Gradients backward(const Tensors& dys, const Tensor& x, const std::vector<Layer>& given, const Tensors& us,
                    double scaling, bool needs_dx, bool apart) {
+  const std::vector<Layer> layers = prepared(x, given, true);
   const Tensor input = packed(x);
   const int64_t rows = rows_of(x);
   const size_t count = layers.size();
   STD_TORCH_CHECK(dys.size() == count && us.size() == count, "dy and u must be lists of the layers' length");
 
-  Tensors gradients, downs;
+  Tensors gradients, dus, dB;
   for (size_t i = 0; i < count; i++) {
     STD_TORCH_CHECK(dtype_of(dys[i], "dy") == dtype_of(x, "x") && dtype_of(us[i], "u") == dtype_of(x, "x"),
                     "dy, u and x must have the same dtype");
     check_device(dys[i], "dy", x);
     check_device(us[i], "u", x);
     gradients.push_back(packed(dys[i]));
-    downs.push_back(packed(us[i]));
-    STD_TORCH_CHECK(gradients[i].numel() == rows * layers[i].w.rows && downs[i].numel() == rows * layers[i].rank,
+    const Tensor down = packed(us[i]);
+    STD_TORCH_CHECK(gradients[i].numel() == rows * layers[i].w.rows && down.numel() == rows * layers[i].rank,
                     "dy must be [..., N] and u [..., r], with the rows of x");
+    dus.push_back(project_back(gradients[i], layers[i], scaling));
+    dB.push_back(outer(down, gradients[i], true));  // while a cache may still hold dy
   }
-  const Tensors dus = project_back(gradients, layers, scaling);
 
   const auto none = [&x] { return torch::stable::new_empty(x, {0}); };  // a new one each: results share no memory
   Gradients result = {needs_dx ? sum_back(input, gradients, apart ? Tensors() : dus, layers) : none(),
-                      apart ? sum_back(input, {}, dus, layers) : none(), {}, {}};
-  for (size_t i = 0; i < count; i++) {
-    result.dA.push_back(outer(dus[i], input, false));
-    result.dB.push_back(outer(downs[i], gradients[i], true));
-  }
+                      apart ? sum_back(input, {}, dus, layers) : none(), {}, dB};
+  for (const Tensor& du : dus) result.dA.push_back(outer(du, input, false));
   return result;
 }
 

@@ -14,8 +14,21 @@ namespace {
 
 using torch::stable::parallel_for;
 
+std::vector<Layer> prepared(const Tensor&, const std::vector<Layer>& given, bool) { return given; }
+
 Weight A_of(const Layer& layer) { return dense_weight(layer.A, layer.rank, layer.w.columns, "lora_A"); }
 Weight B_of(const Layer& layer) { return dense_weight(layer.B, layer.w.rows, layer.rank, "lora_B"); }
+
+// Columns that belong to the ranks of each layer.
+Tensors split_ranks(Tensor all, const std::vector<Layer>& layers) {
+  Tensors parts;
+  int64_t begin = 0;
+  for (const Layer& layer : layers) {
+    parts.push_back(torch::stable::clone(torch::stable::narrow(all, -1, begin, layer.rank)));
+    begin += layer.rank;
+  }
+  return parts;
+}
 
 Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double scaling) {
   const auto scale = static_cast<float>(scaling);
@@ -50,15 +63,11 @@ Tensors project_up(const Tensor& x, const Tensors& us, const std::vector<Layer>&
   return ys;
 }
 
-Tensors project_back(const Tensors& dys, const std::vector<Layer>& layers, double scaling) {
-  Tensors dus;
-  for (size_t i = 0; i < layers.size(); i++) {
-    Tensor du = empty_with_last(dys[i], layers[i].rank);
-    const Term term = {dys[i], B_of(layers[i])};
-    multiply(&term, 1, false, static_cast<float>(scaling), std::nullopt, du);
-    dus.push_back(du);
-  }
-  return dus;
+Tensor project_back(const Tensor& dy, const Layer& layer, double scaling) {
+  Tensor du = empty_with_last(dy, layer.rank);
+  const Term term = {dy, B_of(layer)};
+  multiply(&term, 1, false, static_cast<float>(scaling), std::nullopt, du);
+  return du;
 }
 
 Tensor sum_back(const Tensor& x, const Tensors& dys, const Tensors& dus, const std::vector<Layer>& layers) {

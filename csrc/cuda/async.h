@@ -5,23 +5,24 @@
 
 namespace entrenar {
 
-// 16 aligned bytes from global to shared memory.
-static __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
+// 16 aligned bytes from global to shared memory; or, where they are not `given`, as many zeros.
+static __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool given = true) {
 #if defined(ENTRENAR_EMULATED)
-  memcpy(shared, global, 16);
+  given ? memcpy(shared, global, 16) : memset(shared, 0, 16);
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
-               "l"(global)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+               "l"(global), "r"(given ? 16 : 0)
                : "memory");
 #endif
 }
 
-// 4 aligned bytes from global to shared memory.
-static __device__ __forceinline__ void copy_async_4(void* shared, const void* global) {
+// The same of 4 aligned bytes.
+static __device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool given = true) {
 #if defined(ENTRENAR_EMULATED)
-  memcpy(shared, global, 4);
+  given ? memcpy(shared, global, 4) : memset(shared, 0, 4);
 #else
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+               "l"(global), "r"(given ? 4 : 0)
                : "memory");
 #endif
 }
@@ -41,7 +42,7 @@ static __device__ __forceinline__ void wait_for_groups() {
 #endif
 }
 
-// Waits for the thread's own copies.
+// Waits for all of the thread's own copies.
 static __device__ __forceinline__ void wait_for_copies() {
 #if !defined(ENTRENAR_EMULATED)
   asm volatile("cp.async.wait_all;" ::: "memory");

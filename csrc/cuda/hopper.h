@@ -62,10 +62,6 @@ __device__ inline void shrink_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-// Until the kernels before have ended and all can see what they wrote. A kernel that is launched before that, by
-// cudaLaunchAttributeProgrammaticStreamSerialization, may not touch memory earlier.
-__device__ inline void wait_for_kernels_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 // Tensor copies: the tile at (column, row) of a matrix, zeros outside it; what lies outside is not written.
 
 __device__ inline void prefetch_map(const CUtensorMap* map) {

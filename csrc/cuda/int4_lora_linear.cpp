@@ -18,63 +18,56 @@ bool is_bfloat16(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat
 const uint16_t* bits_of(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
 uint16_t* bits_of(Tensor& x) { return static_cast<uint16_t*>(x.mutable_data_ptr()); }
 
-// Factors in x's dtype, [rank, columns]: each A, one under another.
-Tensor stacked_A(const Tensor& x, const std::vector<Layer>& layers) {
-  if (!is_bfloat16(x) && layers.size() == 1) return layers[0].A;
+// With x in bfloat16 A and B are rounded, by one launch. For the gradients B then lies column by column.
+std::vector<Layer> prepared(const Tensor& x, const std::vector<Layer>& given, bool gradients) {
+  std::vector<Layer> layers = given;
+  if (!is_bfloat16(x)) return layers;
+  std::vector<Factor> factors;
+  const auto round = [&](Tensor& from, bool transposed) {
+    const int64_t rows = from.size(0), columns = from.size(1);
+    Tensor out = torch::stable::new_empty(x, {transposed ? columns : rows, transposed ? rows : columns});
+    factors.push_back({from.const_data_ptr<float>(), out.size(0), out.size(1), transposed, bits_of(out)});
+    from = transposed ? transpose(out, 0, 1) : out;
+  };
+  for (Layer& layer : layers) {
+    round(layer.A, false);
+    round(layer.B, gradients);
+  }
   const OnDevice device(x);
-  const int64_t columns = layers[0].w.columns;
-  Tensor stacked = torch::stable::new_empty(x, {ranks_of(layers), columns});
-  int64_t begin = 0;
-  for (const Layer& layer : layers) {
+  device.check(skinny_round_cuda(factors.data(), static_cast<int64_t>(factors.size()), device.stream()));
+  return layers;
+}
+
+// scaling x factorᵀ of each factor.
+Tensors project(const Tensor& x, const Tensors& factors, double scaling) {
+  Tensors results;
+  std::vector<Projection> projections;
+  for (const Tensor& factor : factors) {
+    results.push_back(empty_with_last(x, factor.size(0)));
+    Tensor& result = results.back();
     if (is_bfloat16(x)) {
-      device.check(skinny_factor_cuda(layer.A.const_data_ptr<float>(), layer.rank, columns, columns, 1,
-                                      bits_of(stacked) + begin * columns, device.stream()));
-    } else {
-      Tensor own = torch::stable::narrow(stacked, 0, begin, layer.rank);
-      torch::stable::copy_(own, layer.A);
+      projections.push_back({bits_of(factor), factor.size(0), bits_of(result)});
+    } else if (result.numel() > 0) {
+      Tensor flat = matrix(result);
+      addmm(flat, flat, matrix(x), transpose(factor, 0, 1), 0.0, scaling);
     }
-    begin += layer.rank;
   }
-  return stacked;
-}
-
-// Bᵀ
-Tensor transposed_B(const Tensor& x, const Layer& layer) {
-  if (!is_bfloat16(x)) return transpose(layer.B, 0, 1);
+  if (projections.empty()) return results;
   const OnDevice device(x);
-  Tensor factor = torch::stable::new_empty(x, {layer.rank, layer.w.rows});
-  device.check(skinny_factor_cuda(layer.B.const_data_ptr<float>(), layer.rank, layer.w.rows, 1, layer.rank,
-                                  bits_of(factor), device.stream()));
-  return factor;
-}
-
-// scaling x factorᵀ
-Tensor project(const Tensor& x, const Tensor& factor, double scaling) {
-  const int64_t rank = factor.size(0);
-  Tensor out = empty_with_last(x, rank);
-  if (is_bfloat16(x)) {
-    const OnDevice device(x);
-    device.check(skinny_project_cuda(bits_of(x), bits_of(factor), rows_of(x), x.size(-1), rank,
-                                     static_cast<float>(scaling), bits_of(out), device.stream()));
-  } else if (out.numel() > 0) {
-    Tensor flat = matrix(out);
-    addmm(flat, flat, matrix(x), transpose(factor, 0, 1), 0.0, scaling);
-  }
-  return out;
+  device.check(skinny_project_cuda(bits_of(x), projections.data(), static_cast<int64_t>(projections.size()), rows_of(x),
+                                   x.size(-1), static_cast<float>(scaling), device.stream()));
+  return results;
 }
 
 Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double scaling) {
-  if (layers.size() > 1 && is_bfloat16(x)) return split_ranks(project(x, stacked_A(x, layers), scaling), layers);
-  // Torch's product may sum in another order where there are more columns, and a layer's result would not be that of its
-  // own call.
-  Tensors us;
-  for (const Layer& layer : layers) us.push_back(project(x, stacked_A(x, {layer}), scaling));
-  return us;
+  Tensors factors;
+  for (const Layer& layer : layers) factors.push_back(layer.A);
+  return project(x, factors, scaling);
 }
 
 // In bfloat16 the smaller terms are written first: they are what is rounded in between, where that cannot be avoided.
-void add_up(const Product& product, const Layer& layer) {
-  const Tensor B = transposed_B(product.x, layer);
+void add_up(const Product& product) {
+  const Tensor B = transpose(*product.factor, 0, 1);
   Tensor y = product.y;
   if (y.numel() == 0) return;
   if (product.bias) {
@@ -97,15 +90,25 @@ Tensors project_up(const Tensor& x, const Tensors& us, const std::vector<Layer>&
   if (go_at_once(products, true)) {
     multiply_at_once(products, true);
   } else {
-    for (size_t i = 0; i < layers.size(); i++) add_up(products[i], layers[i]);
+    for (const Product& product : products) add_up(product);
   }
   return ys;
 }
 
-Tensors project_back(const Tensors& dys, const std::vector<Layer>& layers, double scaling) {
-  Tensors dus;
-  for (size_t i = 0; i < layers.size(); i++) dus.push_back(project(dys[i], transposed_B(dys[i], layers[i]), scaling));
-  return dus;
+Tensor project_back(const Tensor& dy, const Layer& layer, double scaling) {
+  return project(dy, {transpose(layer.B, 0, 1)}, scaling)[0];
+}
+
+Tensor stacked_A(const std::vector<Layer>& layers) {
+  if (layers.size() == 1) return layers[0].A;
+  Tensor stacked = torch::stable::new_empty(layers[0].A, {ranks_of(layers), layers[0].w.columns});
+  int64_t begin = 0;
+  for (const Layer& layer : layers) {
+    Tensor own = torch::stable::narrow(stacked, 0, begin, layer.rank);
+    torch::stable::copy_(own, layer.A);
+    begin += layer.rank;
+  }
+  return stacked;
 }
 
 Tensor side_by_side(const Tensors& parts, int64_t columns) {
@@ -135,7 +138,7 @@ Tensor sum_back(const Tensor& x, const Tensors& dys, const Tensors& dus, const s
     multiply_at_once(products, false);
     return sum;
   }
-  if (low) addmm(flat, flat, *low, stacked_A(x, layers), 0.0);
+  if (low) addmm(flat, flat, *low, stacked_A(layers), 0.0);
   for (size_t i = 0; i < dys.size(); i++) {
     if (i == 0 && !low) {
       multiply(matrix(dys[i]), layers[i].w, false, std::nullopt, flat);

@@ -86,7 +86,7 @@ ProductSm90 hopper_product(const std::vector<Product>& products, bool transposed
     source.out = const_cast<void*>(one.y.const_data_ptr());
     source.bias = one.bias ? one.bias->const_data_ptr<float>() : nullptr;
     source.low = one.low ? one.low->const_data_ptr() : nullptr;
-    source.factor = one.factor ? one.factor->const_data_ptr<float>() : nullptr;
+    source.factor = one.factor ? one.factor->const_data_ptr() : nullptr;
   }
   return all;
 }

@@ -12,7 +12,7 @@ namespace entrenar {
 Tensor matrix(const Tensor& x);
 
 // y = x op(W) + bias + low op(factor), where op transposes or not: low is [rows of x, rank], and factor lies as W does.
-// All are contiguous; x, y and low of one dtype, bias and factor float32.
+// All are contiguous and of one dtype, but a bias is float32.
 struct Product {
   Tensor x;
   Weight w;

@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "cluster.h"
+#include "dependent.h"
 #include "hopper.h"
 #include "product_sm90_pipeline.h"
 
@@ -21,7 +22,8 @@ using namespace hopper;
 struct Source {
   CUtensorMap in, codes, out, low;
   uintptr_t scales;  // in the gradient those that the product's first step would have if all steps were its
-  const float *bias, *factor;
+  const float* bias;
+  const uint16_t* factor;
   int features;
   int begin;  // the first of the product's tiles of features that are its, in the gradient of the steps; or none
 };
@@ -212,11 +214,10 @@ __device__ void read_factor(uint32_t (&a)[4], const Arguments& p, const Source& 
       uint32_t pair = 0;
       if (k < p.low_columns) {
         if (gradient) {
-          const float* const at = p.sources[k / p.rank].factor + k % p.rank * (int64_t)source.features + row;
-          pair = narrow(__ldg(at), __ldg(at + source.features));
+          const uint16_t* const at = p.sources[k / p.rank].factor + k % p.rank * (int64_t)source.features + row;
+          pair = __ldg(at) | (uint32_t)__ldg(at + source.features) << 16;
         } else {
-          const float2 both = __ldg((const float2*)(source.factor + row * p.rank + k));
-          pair = narrow(both.x, both.y);
+          pair = __ldg((const uint32_t*)(source.factor + row * p.rank + k));
         }
       }
       a[2 * i + half] = pair;
@@ -407,7 +408,7 @@ __global__ __launch_bounds__(kThreads, Layout<kTokens>::kResident) void product_
     fence_barrier_init();
   }
   pipeline.place = {0, 0};
-  wait_for_kernels_before();
+  wait_for_kernel_before();
   __syncthreads();
 
   const int part = blockIdx.x % p.parts;
@@ -493,7 +494,7 @@ bool describe(Source* source, const ProductSm90& product, int index, int parts) 
   const Weight& w = of.weight;
   const int64_t features = gradient ? w.columns : w.rows, contraction = gradient ? w.rows : w.columns;
   source->bias = of.bias;
-  source->factor = of.factor;
+  source->factor = (const uint16_t*)of.factor;
   source->features = (int)features;
   const Extent before = extent_of(product, index);
   source->begin = gradient ? before.steps : before.feature_tiles;
@@ -621,7 +622,7 @@ bool product_sm90_takes(const ProductSm90& product) {
     if (w.columns == 0 || w.columns % kStep || w.columns > kMost) return false;
     if (!aligned(source.in, 16) || !aligned(source.out, 16)) return false;
     if (!aligned(w.codes, 16) || !aligned(w.scales, 4)) return false;
-    if (!aligned(source.low, 16) || !aligned(source.factor, 8)) return false;
+    if (!aligned(source.low, 16) || !aligned(source.factor, 4)) return false;
   }
   const Device device;
   if (device.major != 9 || device.minor != 0) return false;

@@ -6,7 +6,7 @@
 namespace entrenar {
 
 // out_i = in W_i^T + bias_i + low_i factor_i^T for several weights that share their columns, or the gradient,
-// out = sum of in_i W_i + low_i factor_i; row-major, bfloat16 where nothing else is said.
+// out = sum of in_i W_i + low_i factor_i; row-major bfloat16.
 struct ProductSm90 {
   static constexpr int kMost = 3;
   struct Source {
@@ -15,7 +15,7 @@ struct ProductSm90 {
     void* out;           // [tokens, rows of W]; in the gradient [tokens, columns of W], the first's
     const float* bias;   // [rows of W], or null; not in the gradient
     const void* low;     // [tokens, rank]; in the gradient all side by side, the first's
-    const float* factor;  // [rows of W, rank]; in the gradient [rank, columns of W]; it is rounded to bfloat16
+    const void* factor;  // [rows of W, rank]; in the gradient [rank, columns of W]
   };
   Source sources[kMost];
   int count;

@@ -1,8 +1,13 @@
-// Products in bfloat16 with an adapter's rank for one side.
+// Products in bfloat16 with an adapter's rank for one side. Which column or row of a step is which of an instruction is
+// free, as long as both matrices agree, so that each lane may feed the tensor cores what it read in one piece.
 #include "skinny.h"
 
 #include <algorithm>
+#include <atomic>
 
+#include "async.h"
+#include "cluster.h"
+#include "dependent.h"
 #include "floats.h"
 #include "mma.h"
 
@@ -12,116 +17,235 @@ namespace {
 
 using BFloat16 = Float<kBFloat16>;
 using Octet = Pack<uint32_t, 4>;  // 8 elements of a row
+using Sums = Pack<float, 4>;
 
-constexpr int kMostTiles = 4;  // whose sums fit a kernel's registers: more ranks are as many passes
+constexpr int kMostTiles = 4;         // whose sums fit a kernel's registers: more ranks are as many passes
+constexpr int kWarps = 8;             // of a block
+constexpr int kFreeBytes = 48 << 10;  // of shared memory, which a kernel may use unasked
 
-// Zeros from `columns` on. Where rows are `wide`, that is begin at multiples of 16 bytes, so does each octet.
+// Of 8 elements the first `count`, and zeros. Where memory is `wide`, that is every row begins at a multiple of 16
+// bytes, there are all or none.
 template <bool wide>
-__device__ Octet load_octet(const uint16_t* row, int64_t column, int64_t columns) {
+__device__ __forceinline__ Octet load_octet(const uint16_t* from, int64_t count) {
   Octet octet = {};
   if constexpr (wide) {
-    if (column < columns) octet = *(const Octet*)(row + column);
+    if (count > 0) octet = *(const Octet*)from;
   } else {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      if (column + i < columns) octet.at[i / 2] |= (uint32_t)row[column + i] << i % 2 * 16;
+      if (i < count) octet.at[i / 2] |= (uint32_t)from[i] << i % 2 * 16;
     }
   }
   return octet;
 }
 
-__global__ void factor_kernel(const float* from, int64_t rank, int64_t columns, int64_t row_stride,
-                              int64_t column_stride, uint16_t* out) {
-  const int64_t c = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  if (c >= columns) return;
-  for (int64_t r = blockIdx.y; r < rank; r += gridDim.y) {
-    out[r * columns + c] = BFloat16::narrow(from[r * row_stride + c * column_stride]);
+// f(i, sum) for each i below n, by one thread of the cluster: the sum over the warps of each block of the cluster, and
+// then over the blocks, of partial[warp * n + i]. Sums lie as lanes hold them, four at a time: in the order of the
+// result they would lie 16 to a bank.
+template <class F>
+__device__ __forceinline__ void sum_over_cluster(Sums* partial, int n, int blocks, const F& f) {
+  const auto add = [](Sums& sum, const Sums& term) {
+#pragma unroll
+    for (int v = 0; v < 4; v++) sum.at[v] += term.at[v];
+  };
+  __syncthreads();
+  for (int i = threadIdx.x; i < n; i += kWarps * kWarp) {
+    Sums sum = {};
+#pragma unroll
+    for (int warp = 0; warp < kWarps; warp++) add(sum, partial[warp * n + i]);
+    if (blocks == 1) {
+      f(i, sum);
+    } else {
+      partial[i] = sum;
+    }
   }
+  if (blocks == 1) return;
+  cluster_barrier();
+  for (int i = blockIdx.x % blocks * (kWarps * kWarp) + threadIdx.x; i < n; i += blocks * (kWarps * kWarp)) {
+    Sums sum = {};
+#pragma unroll 8
+    for (int block = 0; block < blocks; block++) add(sum, of_block(partial, block)[i]);
+    f(i, sum);
+  }
+  cluster_barrier();  // the others still read
 }
 
-// A block's warps share 32 rows of x and 8 * tiles ranks; each takes every 16th step of 64 columns. Within a step the
-// order of columns does not matter to a sum, so that each lane may feed the tensor cores what it read in one piece.
-constexpr int kProjectWarps = 16;
-constexpr int kProjectRows = 32;
-constexpr int kStep = 64;
+constexpr int kMostAtOnce = 16;  // factors of a launch
 
-template <int tiles, bool wide>
-__global__ void __launch_bounds__(kProjectWarps * kWarp)
-    project_kernel(const uint16_t* x, const uint16_t* factor, int64_t rows, int64_t columns, int64_t rank, float scale,
-                   uint16_t* out) {
-  auto* partial = (float(*)[kProjectRows * 8])shared_memory();  // of each warp
-  const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
-  const int64_t first_row = (int64_t)blockIdx.x * kProjectRows, first_rank = (int64_t)blockIdx.y * 8 * tiles;
+struct Factors {
+  Factor each[kMostAtOnce];
+};
 
-  // Past the last row and rank, it is read again: what comes of that is not stored.
-  float sums[tiles][2][4] = {};
-  for (int64_t column = (int64_t)warp * kStep + 8 * t; column - 8 * t < columns; column += kProjectWarps * kStep) {
-    Octet rows_of_x[4][2];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const uint16_t* row = x + min(first_row + 8 * i + g, rows - 1) * columns;
-#pragma unroll
-      for (int h = 0; h < 2; h++) rows_of_x[i][h] = load_octet<wide>(row, column + 32 * h, columns);
+__global__ void round_kernel(const __grid_constant__ Factors factors) {
+  const Factor& f = factors.each[blockIdx.y];
+  const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= f.rank * f.columns) return;
+  f.out[i] = BFloat16::narrow(f.from[f.transposed ? i % f.columns * f.rank + i / f.columns : i]);
+}
+
+struct Project {
+  Projection each[kMostAtOnce];
+  int count;
+  const uint16_t* x;
+  int64_t rows, columns, rank;  // the ranks of all
+  float scale;
+  int split;  // blocks of a cluster, over the columns
+
+  // Whose a rank is, and which of its own it is.
+  __device__ const Projection& find(int64_t rank, int64_t& own) const {
+    int i = 0;
+    for (own = rank; i < count - 1 && own >= each[i].rank; i++) own -= each[i].rank;
+    return each[i];
+  }
+};
+
+// The steps that a warp has on the way, in shared memory: of each, every lane has `octets`, which it alone writes and
+// reads, so that warps never wait for each other.
+template <int octets, int steps>
+class Ahead {
+ public:
+  static constexpr int kBytes = kWarps * steps * octets * kWarp * (int)sizeof(Octet);  // of a block
+
+  // Begins to load an octet of the next step, as load_octet does.
+  template <bool wide>
+  __device__ __forceinline__ void load(int i, const uint16_t* from, int64_t count) const {
+    if constexpr (wide) {
+      copy_async_16(at_ + i * kWarp, from, count > 0);
+    } else {
+      at_[i * kWarp] = load_octet<false>(from, count);
     }
+  }
+  __device__ __forceinline__ void advance() {
+    group_copies();
+    at_ += octets * kWarp;
+    if (at_ == end_) at_ = first_;
+  }
+
+  // The oldest step: the next is to take its place.
+  __device__ __forceinline__ void take(Octet (&oldest)[octets]) const {
+    wait_for_groups<steps - 1>();
 #pragma unroll
-    for (int j = 0; j < tiles; j++) {
-      const uint16_t* row = factor + min(first_rank + 8 * j + g, rank - 1) * columns;
+    for (int i = 0; i < octets; i++) oldest[i] = at_[i * kWarp];
+  }
+  __device__ __forceinline__ void end() const { wait_for_groups<0>(); }
+
+ private:
+  Octet* first_ = (Octet*)shared_memory() + threadIdx.x / kWarp * (steps * octets * kWarp) + threadIdx.x % kWarp;
+  Octet* end_ = first_ + steps * octets * kWarp;
+  Octet* at_ = first_;
+};
+
+constexpr int kStep = 64;  // columns
+constexpr int kRowTiles = 2;
+constexpr int kProjectRows = 16 * kRowTiles;
+constexpr int kRowOctets = 2 * kRowTiles;  // of a lane in half a step
+template <int tiles>
+constexpr int kStepsAhead = tiles <= 2 ? 2 : 1;
+template <int tiles>
+using ProjectAhead = Ahead<kRowOctets + tiles, 2 * kStepsAhead<tiles>>;
+
+// A block's warps share 32 rows of x and 8 * tiles ranks; each takes every 8th step of its block's part of the columns,
+// so that they read pieces of rows that lie side by side. With 4096 columns and rank 16 an H200 takes 5 us for up to 64
+// rows and 13.6 us for 4096, whose bytes alone take 8; with blocks of 128 rows, a warp for each 16, it takes 18.
+template <int tiles, bool wide>
+__global__ void __launch_bounds__(kWarps* kWarp, wide ? 2 : 1) project_kernel(const __grid_constant__ Project p) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const int part = blockIdx.x % p.split;
+  const int64_t first_row = (int64_t)(blockIdx.x / p.split) * kProjectRows;
+  const int64_t first_rank = (int64_t)blockIdx.y * 8 * tiles;
+  const int64_t steps = (p.columns + kStep - 1) / kStep;
+  const int first = (int)(steps * part / p.split), end = (int)(steps * (part + 1) / p.split);
+
+  // A lane reads rows 8i + g and ranks 8j + g, of half a step columns 8t to 8t + 7.
+  constexpr int kOctets = kRowOctets + tiles;
+  ProjectAhead<tiles> ahead;
+  const uint16_t* from[kOctets];  // past the last row and rank, that is read again: what comes of it is not stored
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const Octet of_rank = load_octet<wide>(row, column + 32 * h, columns);
+  for (int i = 0; i < kRowOctets; i++) from[i] = p.x + min(first_row + 8 * i + g, p.rows - 1) * p.columns;
 #pragma unroll
-        for (int word = 0; word < 4; word += 2) {  // 16 columns: two words of the octet of each lane
-          const uint32_t b[2] = {of_rank.at[word], of_rank.at[word + 1]};
+  for (int j = 0; j < tiles; j++) {
+    int64_t own;
+    const Projection& projection = p.find(min(first_rank + 8 * j + g, p.rank - 1), own);
+    from[kRowOctets + j] = projection.factor + own * p.columns;
+  }
+  const auto load = [&](int step, int half) {
+    const int64_t column = (int64_t)step * kStep + 32 * half + 8 * t, count = step < end ? p.columns - column : 0;
 #pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const Octet &upper = rows_of_x[2 * half][h], &lower = rows_of_x[2 * half + 1][h];
-            const uint32_t a[4] = {upper.at[word], lower.at[word], upper.at[word + 1], lower.at[word + 1]};
-            mma_bf16_16x8x16(sums[j][half], a, b);
+    for (int i = 0; i < kOctets; i++) ahead.template load<wide>(i, from[i] + column, count);
+    ahead.advance();
+  };
+
+  for (int i = 0; i < 2 * kStepsAhead<tiles>; i++) load(first + warp + i / 2 * kWarps, i % 2);
+  float sums[tiles][kRowTiles][4] = {};
+  for (int step = first + warp; step < end; step += kWarps) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      Octet loaded[kOctets];
+      ahead.take(loaded);
+      load(step + kStepsAhead<tiles> * kWarps, half);
+#pragma unroll
+      for (int word = 0; word < 4; word += 2) {  // 16 columns: two words of the octet of each lane
+#pragma unroll
+        for (int j = 0; j < tiles; j++) {
+          const Octet& of_rank = loaded[kRowOctets + j];
+#pragma unroll
+          for (int i = 0; i < kRowTiles; i++) {
+            const Octet &upper = loaded[2 * i], &lower = loaded[2 * i + 1];
+            mma_bf16_16x8x16(sums[j][i], {upper.at[word], lower.at[word], upper.at[word + 1], lower.at[word + 1]},
+                             {of_rank.at[word], of_rank.at[word + 1]});
           }
         }
       }
     }
   }
+  ahead.end();
+  __syncthreads();
 
+  auto* partial = (Sums*)shared_memory();  // of each warp
+  constexpr int kSums = tiles * kRowTiles * kWarp;
 #pragma unroll
   for (int j = 0; j < tiles; j++) {
-    __syncthreads();
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        partial[warp][(16 * half + g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[j][half][i];
-      }
-    }
-    __syncthreads();
-    const int64_t row = first_row + threadIdx.x / 8, r = first_rank + 8 * j + threadIdx.x % 8;
-    if (threadIdx.x < kProjectRows * 8 && row < rows && r < rank) {
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < kProjectWarps; w++) sum += partial[w][threadIdx.x];
-      out[row * rank + r] = BFloat16::narrow(sum * scale);
+    for (int i = 0; i < kRowTiles; i++) {
+      const auto& s = sums[j][i];
+      partial[warp * kSums + (j * kRowTiles + i) * kWarp + lane] = {s[0], s[1], s[2], s[3]};
     }
   }
+  sum_over_cluster(partial, kSums, p.split, [&](int at, const Sums& sum) {
+    const int tile = at / kWarp, of_lane = at % kWarp;
+#pragma unroll
+    for (int v = 0; v < 4; v++) {
+      const int64_t row = first_row + tile % kRowTiles * 16 + of_lane / 4 + v / 2 * 8;
+      const int64_t r = first_rank + tile / kRowTiles * 8 + of_lane % 4 * 2 + v % 2;
+      if (row >= p.rows || r >= p.rank) continue;
+      int64_t own;
+      const Projection& projection = p.find(r, own);
+      projection.out[row * projection.rank + own] = BFloat16::narrow(sum.at[v] * p.scale);
+    }
+  });
 }
 
-// A block's warps share 64 columns, 16 * tiles ranks and a part of the rows; each takes every 8th step of 16 rows.
-constexpr int kOuterWarps = 8;
 constexpr int kOuterColumns = 64;
-constexpr int kOuterStep = 16;
-constexpr int kOuterBlocks = 256;  // wanted, to fill a GPU twice
+constexpr int kOuterStep = 16;         // rows
+constexpr int kOuterBlocks = 256;      // wanted, to fill a GPU twice
+constexpr int kOuterSums = 8 * kWarp;  // of a warp and 16 ranks, in fours
 
+// A block's warps share 64 columns, 16 * tiles ranks and a part of the rows; each takes every 8th step of 16 rows.
+// Blocks read pieces of the same rows at about the same time: with steps ahead, as project_kernel has them, they go
+// apart, and 4096 rows and columns take an H200 25 us instead of 19.
 template <int tiles, bool wide>
-__global__ void __launch_bounds__(kOuterWarps * kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp)
     outer_kernel(const uint16_t* narrow, const uint16_t* x, int64_t rows, int64_t rank, int64_t columns,
                  int64_t part_rows, bool transposed, float* out) {
-  auto* partial = (float(*)[16 * kOuterColumns])shared_memory();  // of each warp
-  const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int64_t first_column = (int64_t)blockIdx.x * kOuterColumns, first_rank = (int64_t)blockIdx.z * 16 * tiles;
   const int64_t end = min(rows, (blockIdx.y + 1) * part_rows);
+  const int64_t column = first_column + 8 * g;
   out += blockIdx.y * rank * columns;
+  wait_for_kernel_before();
 
   float sums[tiles][8][4] = {};
-  for (int64_t first = blockIdx.y * part_rows + warp * kOuterStep; first < end; first += kOuterWarps * kOuterStep) {
+  for (int64_t first = blockIdx.y * part_rows + warp * kOuterStep; first < end; first += kWarps * kOuterStep) {
     // A lane reads rows 4t to 4t + 3, which stand for the tensor cores' 2t, 2t + 1, 2t + 8 and 2t + 9 in both factors,
     // and of them columns 8g to 8g + 7, each of which stands for column g of another tile.
     const int64_t row = first + 4 * t;
@@ -130,7 +254,7 @@ __global__ void __launch_bounds__(kOuterWarps * kWarp)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const bool inside = row + i < end;
-      wides[i] = inside ? load_octet<wide>(x + (row + i) * columns, first_column + 8 * g, columns) : Octet{};
+      wides[i] = load_octet<wide>(x + (row + i) * columns + column, inside ? columns - column : 0);
 #pragma unroll
       for (int j = 0; j < tiles; j++) {
 #pragma unroll
@@ -161,32 +285,38 @@ __global__ void __launch_bounds__(kOuterWarps * kWarp)
     }
   }
 
+  auto* partial = (Sums*)shared_memory();  // of each warp
 #pragma unroll
   for (int j = 0; j < tiles; j++) {
     __syncthreads();
 #pragma unroll
-    for (int c = 0; c < 8; c++) {
+    for (int i = 0; i < 4; i++) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        partial[warp][(g + i / 2 * 8) * kOuterColumns + 8 * (2 * t + i % 2) + c] = sums[j][c][i];
+      for (int half = 0; half < 2; half++) {
+        const auto& s = sums[j];
+        const int c = 4 * half;
+        partial[warp * kOuterSums + (2 * i + half) * kWarp + lane] = {s[c][i], s[c + 1][i], s[c + 2][i], s[c + 3][i]};
       }
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < 16 * kOuterColumns; i += kOuterWarps * kWarp) {
-      const int64_t r = first_rank + 16 * j + i / kOuterColumns, column = first_column + i % kOuterColumns;
-      if (r >= rank || column >= columns) continue;
-      float sum = 0;
+    sum_over_cluster(partial, kOuterSums, 1, [&](int at, const Sums& sum) {
+      const int of_lane = at % kWarp, half = at / kWarp % 2, i = at / kWarp / 2;
+      const int64_t r = first_rank + 16 * j + of_lane / 4 + i / 2 * 8;
+      const int64_t first = first_column + 8 * (of_lane % 4 * 2 + i % 2) + 4 * half;
 #pragma unroll
-      for (int w = 0; w < kOuterWarps; w++) sum += partial[w][i];
-      out[transposed ? column * rank + r : r * columns + column] = sum;
-    }
+      for (int v = 0; v < 4; v++) {
+        if (r >= rank || first + v >= columns) continue;
+        out[transposed ? (first + v) * rank + r : r * columns + first + v] = sum.at[v];
+      }
+    });
   }
 }
 
 __global__ void sum_kernel(const float* parts, int count, int64_t numel, float* out) {
+  wait_for_kernel_before();
   const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= numel) return;
   float sum = 0;
+#pragma unroll 8
   for (int part = 0; part < count; part++) sum += parts[part * numel + i];
   out[i] = sum;
 }
@@ -201,13 +331,58 @@ int specialized(int64_t rank, bool wide, const F& f) {
   return wide ? f(tiles, std::true_type()) : f(tiles, std::false_type());
 }
 
-cudaLaunchConfig_t launch(dim3 grid, unsigned threads, size_t shared_bytes, void* stream) {
+constexpr int kMostSplit = 8;           // blocks of a cluster, on any GPU that has clusters
+constexpr int64_t kProjectBlocks = 64;  // in clusters, at most: with 128 an H200 takes a fifth longer for 512 rows
+
+// Whether blocks form clusters, and a kernel may wait for the one before: from compute capability 9.0 on.
+bool is_hopper_or_later() {
+  int device, major;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 9;
+}
+
+// A kernel is told once on each device.
+template <auto kernel>
+int allow_shared_memory(int bytes) {
+  static std::atomic<uint64_t> told{0};
+  int device;
+  auto status = cudaGetDevice(&device);
+  if (status != cudaSuccess || told >> device & 1) return status;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status == cudaSuccess) told |= (uint64_t)1 << device;
+  return status;
+}
+
+// In clusters of `split` blocks. A kernel that `waits` for the one before may be launched while that still runs; with
+// few blocks it would share multiprocessors with it that it should have alone.
+template <auto kernel, class... Arguments>
+int launch(dim3 grid, int shared_bytes, int split, bool waits, void* stream, Arguments... arguments) {
+  if (shared_bytes > kFreeBytes) {
+    const int status = allow_shared_memory<kernel>(shared_bytes);
+    if (status != cudaSuccess) return status;
+  }
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (split > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = split;
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    count++;
+  }
+  if (waits && is_hopper_or_later()) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count].val.programmaticStreamSerializationAllowed = 1;
+    count++;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
-  config.blockDim = dim3(threads);
+  config.blockDim = dim3(kWarps * kWarp);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = (cudaStream_t)stream;
-  return config;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -216,31 +391,54 @@ bool is_wide(const uint16_t* memory, int64_t columns) { return (uintptr_t)memory
 
 }  // namespace
 
-int skinny_factor_cuda(const float* from, int64_t rank, int64_t columns, int64_t row_stride, int64_t column_stride,
-                       uint16_t* out, void* stream) {
-  if (rank == 0 || columns == 0) return cudaSuccess;
-  const dim3 grid((unsigned)divide_up(columns, 256), (unsigned)std::min<int64_t>(rank, 65535));
-  const cudaLaunchConfig_t config = launch(grid, 256, 0, stream);
-  return cudaLaunchKernelEx(&config, factor_kernel, from, rank, columns, row_stride, column_stride, out);
+int skinny_round_cuda(const Factor* factors, int64_t count, void* stream) {
+  for (int64_t begin = 0; begin < count; begin += kMostAtOnce) {
+    Factors some = {};
+    const int64_t of_launch = std::min<int64_t>(count - begin, kMostAtOnce);
+    int64_t most = 0;  // elements
+    for (int64_t i = 0; i < of_launch; i++) {
+      some.each[i] = factors[begin + i];
+      most = std::max(most, some.each[i].rank * some.each[i].columns);
+    }
+    if (most == 0) continue;
+    const dim3 grid((unsigned)divide_up(most, kWarps * kWarp), (unsigned)of_launch);
+    const int launched = launch<round_kernel>(grid, 0, 1, false, stream, some);
+    if (launched != cudaSuccess) return launched;
+  }
+  return cudaSuccess;
 }
 
-int skinny_project_cuda(const uint16_t* x, const uint16_t* factor, int64_t rows, int64_t columns, int64_t rank,
-                        float scale, uint16_t* out, void* stream) {
-  if (rows == 0 || rank == 0) return cudaSuccess;
-  const bool wide = is_wide(x, columns) && is_wide(factor, columns);
-  return specialized<8>(rank, wide, [&](auto tiles, auto constant_wide) {
-    constexpr int kTiles = decltype(tiles)::value;
-    const dim3 grid((unsigned)divide_up(rows, kProjectRows), (unsigned)divide_up(rank, 8 * kTiles));
-    const size_t shared_bytes = kProjectWarps * kProjectRows * 8 * sizeof(float);
-    const cudaLaunchConfig_t config = launch(grid, kProjectWarps * kWarp, shared_bytes, stream);
-    return (int)cudaLaunchKernelEx(&config, project_kernel<kTiles, decltype(constant_wide)::value>, x, factor, rows,
-                                   columns, rank, scale, out);
-  });
+int skinny_project_cuda(const uint16_t* x, const Projection* projections, int64_t count, int64_t rows, int64_t columns,
+                        float scale, void* stream) {
+  for (int64_t begin = 0; begin < count; begin += kMostAtOnce) {
+    Project p = {{}, (int)std::min<int64_t>(count - begin, kMostAtOnce), x, rows, columns, 0, scale, 1};
+    bool wide = is_wide(x, columns);
+    for (int i = 0; i < p.count; i++) {
+      p.each[i] = projections[begin + i];
+      p.rank += p.each[i].rank;
+      wide &= is_wide(p.each[i].factor, columns);
+    }
+    if (rows == 0 || p.rank == 0) continue;
+    // It depends on the numbers of rows and columns alone, and so does the order of sums.
+    const int64_t blocks = divide_up(rows, kProjectRows), steps = divide_up(columns, kStep);
+    while (is_hopper_or_later() && p.split < kMostSplit && 2 * p.split * blocks <= kProjectBlocks &&
+           2 * p.split * kWarps <= steps) {
+      p.split *= 2;
+    }
+    const int launched = specialized<8>(p.rank, wide, [&](auto tiles, auto constant_wide) {
+      constexpr int kTiles = decltype(tiles)::value;
+      const dim3 grid((unsigned)(blocks * p.split), (unsigned)divide_up(p.rank, 8 * kTiles));
+      return launch<project_kernel<kTiles, decltype(constant_wide)::value>>(grid, ProjectAhead<kTiles>::kBytes, p.split,
+                                                                            false, stream, p);
+    });
+    if (launched != cudaSuccess) return launched;
+  }
+  return cudaSuccess;
 }
 
 int64_t skinny_outer_parts(int64_t rows, int64_t columns) {
   const int64_t wanted = kOuterBlocks / std::max<int64_t>(1, divide_up(columns, kOuterColumns));
-  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, rows / (kOuterWarps * kOuterStep)));
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, rows / (kWarps * kOuterStep)));
 }
 
 int skinny_outer_cuda(const uint16_t* narrow, const uint16_t* x, int64_t rows, int64_t rank, int64_t columns,
@@ -249,17 +447,15 @@ int skinny_outer_cuda(const uint16_t* narrow, const uint16_t* x, int64_t rows, i
   const int64_t count = skinny_outer_parts(rows, columns);
   const int64_t part_rows = divide_up(divide_up(rows, count), kOuterStep) * kOuterStep;
   const int launched = specialized<16>(rank, is_wide(x, columns), [&](auto tiles, auto constant_wide) {
-    constexpr int kTiles = decltype(tiles)::value;
+    constexpr int kTiles = decltype(tiles)::value, kBytes = kWarps * kOuterSums * sizeof(Sums);
     const dim3 grid((unsigned)divide_up(columns, kOuterColumns), (unsigned)count,
                     (unsigned)divide_up(rank, 16 * kTiles));
-    const size_t shared_bytes = kOuterWarps * 16 * kOuterColumns * sizeof(float);
-    const cudaLaunchConfig_t config = launch(grid, kOuterWarps * kWarp, shared_bytes, stream);
-    return (int)cudaLaunchKernelEx(&config, outer_kernel<kTiles, decltype(constant_wide)::value>, narrow, x, rows, rank,
-                                   columns, part_rows, transposed, count > 1 ? parts : out);
+    return launch<outer_kernel<kTiles, decltype(constant_wide)::value>>(
+        grid, kBytes, 1, false, stream, narrow, x, rows, rank, columns, part_rows, transposed, count > 1 ? parts : out);
   });
   if (launched != cudaSuccess || count == 1) return launched;
-  const cudaLaunchConfig_t config = launch(dim3((unsigned)divide_up(rank * columns, 256)), 256, 0, stream);
-  return cudaLaunchKernelEx(&config, sum_kernel, (const float*)parts, (int)count, rank * columns, out);
+  const dim3 grid((unsigned)divide_up(rank * columns, kWarps * kWarp));
+  return launch<sum_kernel>(grid, 0, 1, true, stream, (const float*)parts, (int)count, rank * columns, out);
 }
 
 }  // namespace entrenar

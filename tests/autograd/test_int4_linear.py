@@ -220,12 +220,14 @@ def test_memory_may_begin_anywhere(rows, dtype, limit, backend):
     A, B = lora()
     packed, x = int4_quantize(torch.randn(24 * 80 + 1)[1:].view(24, 80)), torch.randn(rows, 80).to(dtype)
     shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(rows, 80)
+    shifted_A = torch.cat([A.new_zeros(1), A.detach().flatten()])[1:].view(4, 80).requires_grad_()
     results = []
-    for leaf in (x.requires_grad_(), shifted.requires_grad_()):
-        y = int4_lora_linear(leaf, *packed, None, A, B, 0.5)
-        results.append((y, *torch.autograd.grad(y.square().sum(), [leaf, A, B])))
-    for a, b in zip(*results, strict=True):
-        assert (a - b).abs().max() <= limit * a.abs().max()
+    for leaf, own in ((x, A), (shifted, A), (x, shifted_A)):
+        y = int4_lora_linear(leaf.requires_grad_(), *packed, None, own, B, 0.5)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [leaf, own, B])))
+    for a, *others in zip(*results, strict=True):
+        for b in others:
+            assert (a - b).abs().max() <= limit * a.abs().max()
 
 
 def skip_where_int8_is_refused(backend):

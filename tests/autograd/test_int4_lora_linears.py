@@ -41,6 +41,40 @@ def test_gradients_equal_the_references(backend, data):
     assert_near_float64(rows, columns, sizes, ranks, dtype, limit)
 
 
+# What the kernels of a GPU cut: the rows among blocks and tensors of partial sums, the columns among blocks, both into
+# stages, the ranks into passes.
+@pytest.mark.parametrize(
+    ("rows", "columns", "size", "rank"),
+    [(1100, 70, 24, 5), (2300, 40, 16, 40), (600, 264, 33, 70), (20, 8500, 8, 9), (2, 9000, 8, 70)],
+    ids=str,
+)
+def test_gradients_equal_the_references_at_sizes_that_are_cut(rows, columns, size, rank, backend):
+    assert_near_float64(rows, columns, (size,), (rank,), torch.bfloat16, 2**-7 + 2**-9)
+
+
+@pytest.mark.parametrize("rows", [3, 70, 600])
+def test_rows_keep_to_themselves_what_is_not_finite(rows, backend):
+    codes, scales, _, (A, _), (B, _) = make(200, (24, 8), (20, 1), (False, False))
+    call = torch.ops.entrenar.int4_lora_linear
+    x = torch.randn(rows, 200).bfloat16()
+    _, u = call(x, codes[0], scales[0], None, A, B, 0.5, 64, None, False)
+    x[1, 199] = torch.inf
+    _, other = call(x, codes[0], scales[0], None, A, B, 0.5, 64, None, False)
+    assert torch.equal(other[1].isfinite(), torch.zeros(20, dtype=torch.bool))
+    assert torch.equal(other.isfinite().all(1), torch.arange(rows) != 1)
+    assert torch.equal(other[other.isfinite()], u[other.isfinite()])
+
+
+def test_more_layers_than_a_launch_takes(backend):
+    codes, scales, _, lora_A, lora_B = make(80, (8,) * 18, (3,) * 18, (False,) * 18)
+    x = torch.randn(5, 80).bfloat16()
+    ys, us = torch.ops.entrenar.int4_lora_linears(x, codes, scales, None, lora_A, lora_B, 0.5, 64, False)
+    for y, u, *layer in zip(ys, us, codes, scales, lora_A, lora_B, strict=True):
+        alone = torch.ops.entrenar.int4_lora_linear(x, *layer[:2], None, *layer[2:], 0.5, 64, None, False)
+        assert torch.equal(y, alone[0])
+        assert torch.equal(u, alone[1])
+
+
 @pytest.mark.cpu("int8 activations are the CPU's")
 def test_results_in_int8_are_those_of_separate_calls():
     layers = make(*QKV)

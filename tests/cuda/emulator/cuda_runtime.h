@@ -38,13 +38,14 @@ struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 
 typedef void* cudaStream_t;
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     struct {
       unsigned x, y, z;
     } clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 enum { cudaSuccess = 0, cudaErrorAssert = 710 };
@@ -321,7 +322,11 @@ int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Paramete
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   emulator::body = [=] { kernel(arguments...); };
-  emulator::blocks = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
+  emulator::blocks = 1;
+  for (unsigned i = 0; i < config->numAttrs; i++) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) emulator::blocks = attribute.val.clusterDim.x;
+  }
   emulator::asserted = false;
   for (unsigned z = 0; z < gridDim.z; z++) {
     for (unsigned y = 0; y < gridDim.y; y++) {

@@ -1,0 +1,16 @@
+// Kernels that are launched before the one before them in the stream has ended: from compute capability 9.0 on.
+#pragma once
+
+#include "floats.h"
+
+namespace entrenar {
+
+// Lets the next kernel of the stream be launched while this one runs, if it asks to, and waits until the one before has
+// ended and what it wrote is seen. To be called by every thread before it touches memory.
+static __device__ __forceinline__ void wait_for_kernel_before() {
+#if !defined(ENTRENAR_EMULATED) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+}  // namespace entrenar
