@@ -84,6 +84,30 @@ def test_few_rows_lose_no_more_than_float32_sums_do(backend, m, n, k, block, sca
     assert ((y.double() - expected).abs() <= bound).all()
 
 
+@given(
+    st.integers(1, 9),
+    st.sampled_from([1, 15, 31, 33, 64, 300, 1100, 2100]),
+    st.sampled_from([1, 31, 64, 97, 130, 200]),
+    st.sampled_from([32, 64]),
+    st.sampled_from([torch.float16, torch.float32]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_gradient_of_few_rows_errs_as_rounded_weights_do(backend, m, n, k, block, scale_dtype, dtype, seed):
+    torch.manual_seed(seed)
+    codes, scales = int4_quantize(torch.randn(n, k), block=block, scale_dtype=scale_dtype)
+    codes = torch.randint_like(codes, 256)
+    weight = int4_dequantize(codes, scales, k, block=block).double()
+    x, dy = torch.zeros(m, k, dtype=dtype, requires_grad=True), torch.randn(m, n).to(dtype)
+    expected, terms = dy.double() @ weight, dy.double().abs() @ weight.abs()
+    bound = (n + 8) * 2**-24 * terms
+    if dtype == torch.bfloat16:
+        bound += 2**-8 * (expected.abs() + terms)
+    (dx,) = torch.autograd.grad(int4_linear(x, codes, scales, block=block), x, dy)
+    assert ((dx.double() - expected).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 4e37, 1e-40])
 def test_rows_keep_to_themselves_what_is_not_finite(backend, value):
     codes, scales = int4_quantize(torch.eye(64))
