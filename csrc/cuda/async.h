@@ -42,11 +42,4 @@ static __device__ __forceinline__ void wait_for_groups() {
 #endif
 }
 
-// Waits for all of the thread's own copies.
-static __device__ __forceinline__ void wait_for_copies() {
-#if !defined(ENTRENAR_EMULATED)
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 }  // namespace entrenar
