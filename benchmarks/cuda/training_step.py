@@ -253,7 +253,7 @@ def measure(side: str, name: str, chosen: list[int]) -> None:
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("model", "batch_size", "length", "recompute", "cap_gb"))
+    return tuple(row[name] for name in ("side", "model", "batch_size", "length", "recompute", "cap_gb"))
 
 
 def earlier_rows() -> list[dict[str, Any]]:

@@ -585,3 +585,14 @@ def test_compiles_without_graph_breaks(kernel, small_blocks):
     results = [function(*args) for function in (torch.compile(block, fullgraph=True, backend="aot_eager"), block)]
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), args) for y in results))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own imports
+def test_masked_attention_of_shared_keys_compiles():
+    """Inductor puts torch's attention in the place of what it takes for one, which has a key for each query's head."""
+    q, k, mask = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 12, 8), torch.rand(1, 1, 1, 12) > 0.3
+
+    def attend(q, k, mask):
+        return attention(q, k, k, mask, enable_gqa=True)
+
+    torch.testing.assert_close(torch.compile(attend)(q, k, mask), attend(q, k, mask))

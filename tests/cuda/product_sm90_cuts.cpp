@@ -12,8 +12,8 @@ using namespace entrenar::sm90;
 
 int main(int, char** arguments) {
   const int processors = std::atoi(arguments[1]);
-  // From 24 tokens on, and in the gradient up to 4095, the ops leave products to it: csrc/cuda/product.cpp.
-  constexpr int64_t kFewest = 25, kMost = 2047;  // more are not needed
+  // From 33 tokens on, and in the gradient from 9 up to 4095, the ops leave products to it: csrc/cuda/product.cpp.
+  constexpr int64_t kFewest = 37, kMost = 2047;  // more are not needed
   struct Product {
     int64_t features, tokens, contraction, numbers;
   };

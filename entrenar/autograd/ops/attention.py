@@ -320,9 +320,11 @@ class _Heads:
     def probabilities(self, block: _Block) -> Tensor:
         """[N, G rows, keys]."""
         scores = torch.bmm(self.stack(self.q, block.rows), self.k[:, block.keys].mT)
-        if block.bias is not None:
-            scores = (self._unstack(scores) + block.bias).view_as(scores)
-        return scores.softmax(-1)
+        if block.bias is None:
+            return scores.softmax(-1)
+        # In this shape, as torch.compile takes the softmax of the other for that of an attention with a key for each
+        # query's head.
+        return (self._unstack(scores) + block.bias).softmax(-1).view_as(scores)
 
     def clear(self, x: Tensor, block: _Block) -> Tensor:
         """[N, G rows, C] with zeros in the rows that see no key."""
