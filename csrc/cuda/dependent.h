@@ -1,4 +1,5 @@
-// Kernels that are launched before the one before them in the stream has ended: from compute capability 9.0 on.
+// Kernels that are launched before the one before them in the stream has ended: from compute capability 9.0 on. In a CUDA
+// graph on an H200 that took 1 us from each product of a row.
 #pragma once
 
 #include "floats.h"
