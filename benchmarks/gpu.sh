@@ -45,7 +45,7 @@ test_() {
 # of its own, so that what lies beside it is not another's. The tools run side by side, each with a log of its own.
 sanitize() {
   local check pid pids=() status=0
-  for check in memcheck racecheck racecheck.few_rows synccheck; do
+  for check in memcheck racecheck racecheck.cases racecheck.few_rows synccheck; do
     sanitize_by "$check" >"$out/sanitize.$check.log" 2>&1 &
     pids+=($!)
   done
@@ -57,13 +57,14 @@ sanitize() {
 }
 
 # Warps of Hopper's product wait for each other at barriers in memory, in an order that racecheck does not see. On an
-# H200 racecheck ended with a hardware exception that it could not handle, in calls in which memcheck and synccheck saw
-# nothing. The likely place is the product with few rows, whose blocks of a cluster read each other's memory: of it
-# racecheck gets the calls of single blocks.
+# H200 racecheck ended with a hardware exception in a product of cuBLAS, where memcheck and synccheck saw nothing: what
+# calls none is looked at apart from that, and the products of few rows, whose blocks of a cluster read each other's
+# memory, only as single blocks.
 sanitize_by() {
   local kernels=(--kernel-name kns=entrenar) parts=()
   case $1 in
-    racecheck) kernels+=(--kernel-name-exclude kns=product_kernel --kernel-name-exclude kns=dot_kernel) ;;
+    racecheck) parts=(call_pointwise_kernels call_losses_in_place call_optimizers) ;;
+    racecheck.cases) kernels+=(--kernel-name-exclude kns=product_kernel --kernel-name-exclude kns=dot_) ;;
     racecheck.few_rows) kernels=(--kernel-name kns=dot_kernel) parts=(call_few_rows) ;;
   esac
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(($(seconds sanitize) - 10))" compute-sanitizer --tool "${1%%.*}" \
