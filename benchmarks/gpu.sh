@@ -44,9 +44,9 @@ test_() {
 # Only the package's own kernels (by a part of their mangled names): torch's would take minutes. Each tensor has memory
 # of its own, so that what lies beside it is not another's. The tools run side by side, each with a log of its own.
 sanitize() {
-  local check pid pids=() status=0
-  for check in memcheck racecheck racecheck.cases racecheck.few_rows synccheck; do
-    sanitize_by "$check" >"$out/sanitize.$check.log" 2>&1 &
+  local tool pid pids=() status=0
+  for tool in memcheck racecheck synccheck; do
+    sanitize_by "$tool" >"$out/sanitize.$tool.log" 2>&1 &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do
@@ -56,19 +56,15 @@ sanitize() {
   return "$status"
 }
 
-# Warps of Hopper's product wait for each other at barriers in memory, in an order that racecheck does not see. On an
-# H200 racecheck ended with a hardware exception in a product of cuBLAS, where memcheck and synccheck saw nothing: what
-# calls none is looked at apart from that, and the products of few rows, whose blocks of a cluster read each other's
-# memory, only as single blocks.
+# On an H200 racecheck ended with a hardware exception in a product of cuBLAS, where memcheck and synccheck saw nothing:
+# it gets what calls none, and the products of few rows that are single blocks'. Hopper's own product it could not judge:
+# its warps wait for each other at barriers in memory.
 sanitize_by() {
-  local kernels=(--kernel-name kns=entrenar) parts=()
-  case $1 in
-    racecheck) parts=(call_pointwise_kernels call_losses_in_place call_optimizers) ;;
-    racecheck.cases) kernels+=(--kernel-name-exclude kns=product_kernel --kernel-name-exclude kns=dot_) ;;
-    racecheck.few_rows) kernels=(--kernel-name kns=dot_kernel) parts=(call_few_rows) ;;
-  esac
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(($(seconds sanitize) - 10))" compute-sanitizer --tool "${1%%.*}" \
-    "${kernels[@]}" --error-exitcode 1 "$python" tests/cuda/sanitize.py "${parts[@]}"
+  local parts=()
+  [ "$1" = racecheck ] &&
+    parts=(call_cases call_few_rows call_pointwise_kernels call_losses_in_place call_optimizers)
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(($(seconds sanitize) - 10))" compute-sanitizer --tool "$1" \
+    --kernel-name kns=entrenar --error-exitcode 1 "$python" tests/cuda/sanitize.py "${parts[@]}"
 }
 
 bench() {

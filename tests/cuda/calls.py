@@ -40,7 +40,17 @@ def tensors(result: object) -> list[Tensor]:
 
 
 def call_cases() -> Iterator[Call]:
-    for name, case in CASES.items():
+    return _call_cases(name for name in CASES if "linear" not in name)
+
+
+def call_products() -> Iterator[Call]:
+    """Some of them are cuBLAS's."""
+    return _call_cases(name for name in CASES if "linear" in name)
+
+
+def _call_cases(names: Iterable[str]) -> Iterator[Call]:
+    for name in names:
+        case = CASES[name]
         for sample in [sample for sample in case.samples if sample in SAMPLES]:
             for dtype in DTYPES:
                 given = list(case.arguments(sample, dtype))
@@ -117,6 +127,7 @@ def call_layers_at_one_x() -> Iterator[Call]:
 
 PARTS = (
     call_cases,
+    call_products,
     call_few_rows,
     call_pointwise_kernels,
     call_losses_in_place,
