@@ -6,6 +6,7 @@
 
 #include "cross_entropy.h"
 #include "functions.h"
+#include "launch.h"
 #include "rows.h"
 
 namespace entrenar {
@@ -142,23 +143,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) cross_entropy_kernel(CrossE
 }
 
 template <Dtype dtype, int n>
-int launch(const CrossEntropy& p, void* stream) {
-  auto* kernel = cross_entropy_kernel<dtype, n>;
+int launch_rows(const CrossEntropy& p, void* stream) {
+  using Kept = Pack<typename Float<dtype>::Bits, n>;
+  const Device device;
   int64_t packs = 0;
-  if (p.gradient) {
-    int device, limit;
-    if (const int error = cudaGetDevice(&device)) return error;
-    if (const int error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
-    packs = std::min((limit - (int64_t)kSumBytes) / (int64_t)sizeof(Pack<typename Float<dtype>::Bits, n>), p.classes / n);
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)p.rows);
-  config.blockDim = dim3((unsigned)std::min<int64_t>(kThreads, (p.classes / n + kWarp) / kWarp * kWarp));
-  config.dynamicSmemBytes = kSumBytes + packs * sizeof(Pack<typename Float<dtype>::Bits, n>);
-  config.stream = (cudaStream_t)stream;
-  const int bytes = (int)config.dynamicSmemBytes;
-  if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
-  return cudaLaunchKernelEx(&config, kernel, p, packs);
+  if (p.gradient) packs = std::min((device.shared_bytes - (int64_t)kSumBytes) / (int64_t)sizeof(Kept), p.classes / n);
+  const int64_t threads = std::min<int64_t>(kThreads, (p.classes / n + kWarp) / kWarp * kWarp);
+  const Launch how = {dim3((unsigned)p.rows), (unsigned)threads, (int64_t)(kSumBytes + packs * sizeof(Kept)), stream};
+  return launch<cross_entropy_kernel<dtype, n>>(device, how, p, packs);
 }
 
 }  // namespace
@@ -167,8 +159,8 @@ int cross_entropy_cuda(const CrossEntropy& p, void* stream) {
   if (p.rows == 0) return cudaSuccess;
   // The gradient's rows must begin as many bytes past a multiple of 16 as those of the logits.
   const bool packs = !p.gradient || ((uintptr_t)p.logits - (uintptr_t)p.gradient) % 16 == 0;
-  if (p.dtype == kFloat32) return packs ? launch<kFloat32, 4>(p, stream) : launch<kFloat32, 1>(p, stream);
-  return packs ? launch<kBFloat16, 8>(p, stream) : launch<kBFloat16, 1>(p, stream);
+  if (p.dtype == kFloat32) return packs ? launch_rows<kFloat32, 4>(p, stream) : launch_rows<kFloat32, 1>(p, stream);
+  return packs ? launch_rows<kBFloat16, 8>(p, stream) : launch_rows<kBFloat16, 1>(p, stream);
 }
 
 }  // namespace entrenar

@@ -318,12 +318,12 @@ constexpr int kColumnsToSplit = 5;
 constexpr int64_t kBlocksToFill = 128;  // about the multiprocessors of a large GPU
 
 template <int kTiles, int kBlock, Dtype kScale>
-int launch(Dot d, const Device& device, void* stream) {
+int plan_and_launch(Dot d, const Device& device, void* stream) {
   constexpr int kBlocks = kChunk / kBlock;
   const int64_t chunks = (d.w.columns + kChunk - 1) / kChunk;
   int log_parts = 0;
   while (log_parts < kLogParts && 2 << log_parts <= chunks) log_parts++;
-  d.log_split = device.major >= 9 && d.columns >= kColumnsToSplit && log_parts > 0;
+  d.log_split = device.is_hopper_or_later() && d.columns >= kColumnsToSplit && log_parts > 0;
   d.log_k_warps = log_parts - d.log_split;
   const int split = 1 << d.log_split, of_block = (int)((chunks + split - 1) / split);
 
@@ -347,9 +347,9 @@ int launch(Dot d, const Device& device, void* stream) {
   const auto row_blocks = [&] { return (d.w.rows + d.row_warps * kWarpRows - 1) / (d.row_warps * kWarpRows); };
   while (d.row_warps > 1 && row_blocks() * split < kBlocksToFill) d.row_warps /= 2;
   const int partial_bytes = k_warps * d.columns * (d.row_warps * kWarpRows + 4) * (int)sizeof(float);
-  return launch_dependent<dot_kernel<kTiles, kBlock, kScale>>(device, row_blocks() * split, split,
-                                                              d.row_warps * k_warps * kWarp,
-                                                              max(shared_bytes, partial_bytes), d, stream);
+  const Launch how = {dim3((unsigned)(row_blocks() * split)), (unsigned)(d.row_warps * k_warps * kWarp),
+                      max(shared_bytes, partial_bytes), stream, (unsigned)split, true};
+  return launch<dot_kernel<kTiles, kBlock, kScale>>(device, how, d);
 }
 
 }  // namespace
@@ -380,8 +380,8 @@ int int4_dot_cuda(const Weight& w, Dtype dtype, const void* x, int64_t rows, con
     constexpr int kTiles = decltype(tiles)::value;
     const auto with_scale = [&](auto scale) {
       constexpr Dtype kScale = decltype(scale)::value;
-      return w.block == 64 ? launch<kTiles, 64, kScale>(d, device, stream)
-                           : launch<kTiles, 32, kScale>(d, device, stream);
+      return w.block == 64 ? plan_and_launch<kTiles, 64, kScale>(d, device, stream)
+                           : plan_and_launch<kTiles, 32, kScale>(d, device, stream);
     };
     return w.float32_scales ? with_scale(std::integral_constant<Dtype, kFloat32>())
                             : with_scale(std::integral_constant<Dtype, kFloat16>());

@@ -225,10 +225,10 @@ __global__ void __launch_bounds__(kRound, 1) dot_gradient_kernel(const __grid_co
 }
 
 template <int kParts>
-int launch(DotGradient d, void* stream) {
+int plan_and_launch(DotGradient d, void* stream) {
   const Device device;
   const int64_t steps = (d.w.rows + kStep - 1) / kStep;
-  while (device.major >= 9 && d.log_split < kLogSplit && 2 << d.log_split <= steps) d.log_split++;
+  while (device.is_hopper_or_later() && d.log_split < kLogSplit && 2 << d.log_split <= steps) d.log_split++;
   const int split = 1 << d.log_split;
   const int rounds = (int)(((steps + split - 1) / split + kWarps - 1) / kWarps);
   d.slots = min(kAhead, rounds);
@@ -240,8 +240,9 @@ int launch(DotGradient d, void* stream) {
   while (staged > 1 && bytes(staged) > device.shared_bytes) staged = (staged + 1) / 2;
   const int shared_bytes = bytes(staged), partial_bytes = kWarps * d.rows * kChunk * (int)sizeof(float);
   const int64_t chunks = (d.w.columns + kChunk - 1) / kChunk;
-  return launch_dependent<dot_gradient_kernel<kParts>>(device, chunks * split, split, kRound,
-                                                       max(shared_bytes, partial_bytes), d, stream);
+  const Launch how = {dim3((unsigned)(chunks * split)), kRound, max(shared_bytes, partial_bytes), stream,
+                      (unsigned)split, true};
+  return launch<dot_gradient_kernel<kParts>>(device, how, d);
 }
 
 }  // namespace
@@ -262,7 +263,7 @@ int int4_dot_gradient_cuda(const Weight& w, Dtype dtype, const void* dy, int64_t
   d.dx = dx;
   d.rows = (int)rows;
   d.dy_aligned = dtype == kBFloat16 && w.rows % 8 == 0 && (uintptr_t)dy % 16 == 0;
-  return dtype == kFloat32 ? launch<3>(d, stream) : launch<1>(d, stream);
+  return dtype == kFloat32 ? plan_and_launch<3>(d, stream) : plan_and_launch<1>(d, stream);
 }
 
 }  // namespace entrenar

@@ -1,12 +1,11 @@
-// What the products of few rows with W share: codes as bfloat16, their way through shared memory, and the launch.
+// What the products of few rows with W share: codes as bfloat16, and their way through shared memory.
 #pragma once
-
-#include <atomic>
 
 #include "async.h"
 #include "cluster.h"
 #include "dependent.h"
 #include "floats.h"
+#include "launch.h"
 #include "mma.h"
 
 namespace entrenar {
@@ -70,48 +69,6 @@ constexpr float kCodeOfQuarter = 4.0f;
 // Units of 16 bytes change places within a row's chunk, so that what a warp reads at once lies in different banks.
 static __device__ __forceinline__ int exchanged(int row, int unit) {
   return unit ^ ((row >> 1 & 1) << 1 | (row >> 2 & 1));
-}
-
-struct Device {
-  int index = 0, major = 0, shared_bytes = 0;
-
-  Device() {
-    cudaGetDevice(&index);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  }
-};
-
-// Launches blocks in clusters of `split`, where that is not 1, of a kernel that begins with wait_for_kernel_before().
-template <auto kernel, class Arguments>
-int launch_dependent(const Device& device, int64_t blocks, int split, int threads, int shared_bytes,
-                     const Arguments& arguments, void* stream) {
-  static std::atomic<uint64_t> told{0};  // the devices on which the kernel may use all shared memory
-  if (!(told >> device.index & 1)) {
-    const int status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
-    if (status != cudaSuccess) return status;
-    told |= (uint64_t)1 << device.index;
-  }
-  cudaLaunchAttribute attributes[2] = {};
-  unsigned count = 0;
-  if (device.major >= 9) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (split > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    auto& cluster = attributes[count++].val.clusterDim;
-    cluster.x = split;
-    cluster.y = cluster.z = 1;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = (size_t)shared_bytes;
-  config.stream = (cudaStream_t)stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
 }  // namespace entrenar

@@ -5,6 +5,7 @@
 #include "async.h"
 #include "batch.h"
 #include "floats.h"
+#include "launch.h"
 
 namespace entrenar {
 
@@ -500,16 +501,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
 template <Rule rule, Dtype dtype>
 int launch_codes(const Batch<OptimTensor>& batch, const OptimCall& call, const OptimStep* steps, int64_t tiles,
                  void* stream) {
-  constexpr size_t kBytes = sizeof(CodesMemory<rule, dtype>);
-  int device, processors;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const auto kernel = codes_kernel<rule, dtype>;
-  const int set = (int)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)kBytes);
-  if (set != cudaSuccess) return set;
-  const cudaLaunchConfig_t config =
-      launch_config(std::min<int64_t>(tiles, processors * kResident), kThreads, kBytes, stream);
-  return (int)cudaLaunchKernelEx(&config, kernel, batch, call, steps);
+  const Device device;
+  const unsigned blocks = (unsigned)std::min<int64_t>(tiles, device.processors * kResident);
+  const Launch how = {dim3(blocks), kThreads, sizeof(CodesMemory<rule, dtype>), stream};
+  return launch<codes_kernel<rule, dtype>>(device, how, batch, call, steps);
 }
 
 template <class F>

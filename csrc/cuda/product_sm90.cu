@@ -4,11 +4,10 @@
 
 #include <cuda_bf16.h>
 
-#include <atomic>
-
 #include "cluster.h"
 #include "dependent.h"
 #include "hopper.h"
+#include "launch.h"
 #include "product_sm90_pipeline.h"
 
 namespace entrenar {
@@ -510,21 +509,8 @@ bool describe(Source* source, const ProductSm90& product, int index, int parts) 
          (!product.rank || describe(&source->low, of.low, product.tokens, low_columns(product), kTokens));
 }
 
-// A kernel is told once on each device.
 template <bool gradient, int kTokens>
-cudaError_t allow_shared_memory() {
-  static std::atomic<uint64_t> told{0};
-  int device;
-  const cudaError_t found = cudaGetDevice(&device);
-  if (found != cudaSuccess || told >> device & 1) return found;
-  const cudaError_t status = cudaFuncSetAttribute(
-      product_kernel<gradient, kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout<kTokens>::kBytes);
-  if (status == cudaSuccess) told |= (uint64_t)1 << device;
-  return status;
-}
-
-template <bool gradient, int kTokens>
-int launch(const ProductSm90& product, const Work& work, int processors, cudaStream_t stream) {
+int launch(const Device& device, const ProductSm90& product, const Work& work, void* stream) {
   using L = Layout<kTokens>;
   const Weight& w = product.sources[0].weight;
   const Extent extent = extent_of(product, product.count);
@@ -546,46 +532,21 @@ int launch(const ProductSm90& product, const Work& work, int processors, cudaStr
     }
   }
 
-  const auto kernel = product_kernel<gradient, kTokens>;
-  const cudaError_t status = allow_shared_memory<gradient, kTokens>();
-  if (status != cudaSuccess) return status;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = p.parts;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)blocks_of(work, (int64_t)processors * L::kResident));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = L::kBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel, p);
+  const Launch how = {dim3((unsigned)blocks_of(work, (int64_t)device.processors * L::kResident)), kThreads, L::kBytes,
+                      stream, (unsigned)p.parts, true};
+  return entrenar::launch<product_kernel<gradient, kTokens>>(device, how, p);
 }
 
-int launch(const ProductSm90& product, const Work& work, int processors, cudaStream_t stream) {
+int launch(const Device& device, const ProductSm90& product, const Work& work, void* stream) {
   const auto with_tokens = [&](auto gradient) {
     switch (work.tokens) {
-      case 256: return launch<decltype(gradient)::value, 256>(product, work, processors, stream);
-      case 128: return launch<decltype(gradient)::value, 128>(product, work, processors, stream);
-      default: return launch<decltype(gradient)::value, 64>(product, work, processors, stream);
+      case 256: return launch<decltype(gradient)::value, 256>(device, product, work, stream);
+      case 128: return launch<decltype(gradient)::value, 128>(device, product, work, stream);
+      default: return launch<decltype(gradient)::value, 64>(device, product, work, stream);
     }
   };
   return product.gradient ? with_tokens(std::true_type()) : with_tokens(std::false_type());
 }
-
-struct Device {
-  int major = 0, minor = 0, processors = 0;
-  Device() {
-    int device;
-    if (cudaGetDevice(&device) != cudaSuccess) return;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  }
-};
 
 // Whether a kernel was compiled for sm_90a, where alone it is not empty, and is launched with the registers that its
 // warpgroups then share out.
@@ -638,7 +599,7 @@ int product_sm90(const ProductSm90& product, void* stream) {
   const Plan plan = choose(product.gradient, extent.feature_tiles, product.tokens, extent.steps, device.processors);
   for (const Work& work : {plan.whole, plan.shared}) {
     if (work.first == work.end) continue;
-    const int status = launch(product, work, device.processors, (cudaStream_t)stream);
+    const int status = launch(device, product, work, stream);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;

@@ -3,12 +3,12 @@
 #include "skinny.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "async.h"
 #include "cluster.h"
 #include "dependent.h"
 #include "floats.h"
+#include "launch.h"
 #include "mma.h"
 
 namespace entrenar {
@@ -21,7 +21,7 @@ using Sums = Pack<float, 4>;
 
 constexpr int kMostTiles = 4;         // whose sums fit a kernel's registers: more ranks are as many passes
 constexpr int kWarps = 8;             // of a block
-constexpr int kFreeBytes = 48 << 10;  // of shared memory, which a kernel may use unasked
+constexpr int kThreads = kWarps * kWarp;
 
 // Of 8 elements the first `count`, and zeros. Where memory is `wide`, that is every row begins at a multiple of 16
 // bytes, there are all or none.
@@ -49,7 +49,7 @@ __device__ __forceinline__ void sum_over_cluster(Sums* partial, int n, int block
     for (int v = 0; v < 4; v++) sum.at[v] += term.at[v];
   };
   __syncthreads();
-  for (int i = threadIdx.x; i < n; i += kWarps * kWarp) {
+  for (int i = threadIdx.x; i < n; i += kThreads) {
     Sums sum = {};
 #pragma unroll
     for (int warp = 0; warp < kWarps; warp++) add(sum, partial[warp * n + i]);
@@ -61,7 +61,7 @@ __device__ __forceinline__ void sum_over_cluster(Sums* partial, int n, int block
   }
   if (blocks == 1) return;
   cluster_barrier();
-  for (int i = blockIdx.x % blocks * (kWarps * kWarp) + threadIdx.x; i < n; i += blocks * (kWarps * kWarp)) {
+  for (int i = blockIdx.x % blocks * kThreads + threadIdx.x; i < n; i += blocks * kThreads) {
     Sums sum = {};
 #pragma unroll 8
     for (int block = 0; block < blocks; block++) add(sum, of_block(partial, block)[i]);
@@ -148,7 +148,7 @@ using ProjectAhead = Ahead<kRowOctets + tiles, 2 * kStepsAhead<tiles>>;
 // so that they read pieces of rows that lie side by side. With 4096 columns and rank 16 an H200 takes 5 us for up to 64
 // rows and 13.6 us for 4096, whose bytes alone take 8; with blocks of 128 rows, a warp for each 16, it takes 18.
 template <int tiles, bool wide>
-__global__ void __launch_bounds__(kWarps* kWarp, wide ? 2 : 1) project_kernel(const __grid_constant__ Project p) {
+__global__ void __launch_bounds__(kThreads, wide ? 2 : 1) project_kernel(const __grid_constant__ Project p) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int part = blockIdx.x % p.split;
   const int64_t first_row = (int64_t)(blockIdx.x / p.split) * kProjectRows;
@@ -234,7 +234,7 @@ constexpr int kOuterSums = 8 * kWarp;  // of a warp and 16 ranks, in fours
 // Blocks read pieces of the same rows at about the same time: with steps ahead, as project_kernel has them, they go
 // apart, and 4096 rows and columns take an H200 25 us instead of 19.
 template <int tiles, bool wide>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kThreads)
     outer_kernel(const uint16_t* narrow, const uint16_t* x, int64_t rows, int64_t rank, int64_t columns,
                  int64_t part_rows, bool transposed, float* out) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
@@ -334,57 +334,6 @@ int specialized(int64_t rank, bool wide, const F& f) {
 constexpr int kMostSplit = 8;           // blocks of a cluster, on any GPU that has clusters
 constexpr int64_t kProjectBlocks = 64;  // in clusters, at most: with 128 an H200 takes a fifth longer for 512 rows
 
-// Whether blocks form clusters, and a kernel may wait for the one before: from compute capability 9.0 on.
-bool is_hopper_or_later() {
-  int device, major;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 9;
-}
-
-// A kernel is told once on each device.
-template <auto kernel>
-int allow_shared_memory(int bytes) {
-  static std::atomic<uint64_t> told{0};
-  int device;
-  auto status = cudaGetDevice(&device);
-  if (status != cudaSuccess || told >> device & 1) return status;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (status == cudaSuccess) told |= (uint64_t)1 << device;
-  return status;
-}
-
-// In clusters of `split` blocks. A kernel that `waits` for the one before may be launched while that still runs; with
-// few blocks it would share multiprocessors with it that it should have alone.
-template <auto kernel, class... Arguments>
-int launch(dim3 grid, int shared_bytes, int split, bool waits, void* stream, Arguments... arguments) {
-  if (shared_bytes > kFreeBytes) {
-    const int status = allow_shared_memory<kernel>(shared_bytes);
-    if (status != cudaSuccess) return status;
-  }
-  cudaLaunchAttribute attributes[2] = {};
-  unsigned count = 0;
-  if (split > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = split;
-    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
-    count++;
-  }
-  if (waits && is_hopper_or_later()) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count].val.programmaticStreamSerializationAllowed = 1;
-    count++;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(kWarps * kWarp);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = (cudaStream_t)stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool is_wide(const uint16_t* memory, int64_t columns) { return (uintptr_t)memory % 16 == 0 && columns % 8 == 0; }
@@ -401,8 +350,8 @@ int skinny_round_cuda(const Factor* factors, int64_t count, void* stream) {
       most = std::max(most, some.each[i].rank * some.each[i].columns);
     }
     if (most == 0) continue;
-    const dim3 grid((unsigned)divide_up(most, kWarps * kWarp), (unsigned)of_launch);
-    const int launched = launch<round_kernel>(grid, 0, 1, false, stream, some);
+    const dim3 grid((unsigned)divide_up(most, kThreads), (unsigned)of_launch);
+    const int launched = launch<round_kernel>(Device(), {grid, kThreads, 0, stream}, some);
     if (launched != cudaSuccess) return launched;
   }
   return cudaSuccess;
@@ -421,15 +370,16 @@ int skinny_project_cuda(const uint16_t* x, const Projection* projections, int64_
     if (rows == 0 || p.rank == 0) continue;
     // It depends on the numbers of rows and columns alone, and so does the order of sums.
     const int64_t blocks = divide_up(rows, kProjectRows), steps = divide_up(columns, kStep);
-    while (is_hopper_or_later() && p.split < kMostSplit && 2 * p.split * blocks <= kProjectBlocks &&
+    const Device device;
+    while (device.is_hopper_or_later() && p.split < kMostSplit && 2 * p.split * blocks <= kProjectBlocks &&
            2 * p.split * kWarps <= steps) {
       p.split *= 2;
     }
     const int launched = specialized<8>(p.rank, wide, [&](auto tiles, auto constant_wide) {
       constexpr int kTiles = decltype(tiles)::value;
       const dim3 grid((unsigned)(blocks * p.split), (unsigned)divide_up(p.rank, 8 * kTiles));
-      return launch<project_kernel<kTiles, decltype(constant_wide)::value>>(grid, ProjectAhead<kTiles>::kBytes, p.split,
-                                                                            false, stream, p);
+      const Launch how = {grid, kThreads, ProjectAhead<kTiles>::kBytes, stream, (unsigned)p.split};
+      return launch<project_kernel<kTiles, decltype(constant_wide)::value>>(device, how, p);
     });
     if (launched != cudaSuccess) return launched;
   }
@@ -446,16 +396,18 @@ int skinny_outer_cuda(const uint16_t* narrow, const uint16_t* x, int64_t rows, i
   if (rank == 0 || columns == 0) return cudaSuccess;
   const int64_t count = skinny_outer_parts(rows, columns);
   const int64_t part_rows = divide_up(divide_up(rows, count), kOuterStep) * kOuterStep;
+  const Device device;
   const int launched = specialized<16>(rank, is_wide(x, columns), [&](auto tiles, auto constant_wide) {
-    constexpr int kTiles = decltype(tiles)::value, kBytes = kWarps * kOuterSums * sizeof(Sums);
+    constexpr int kTiles = decltype(tiles)::value;
     const dim3 grid((unsigned)divide_up(columns, kOuterColumns), (unsigned)count,
                     (unsigned)divide_up(rank, 16 * kTiles));
+    const Launch how = {grid, kThreads, kWarps * kOuterSums * sizeof(Sums), stream};
     return launch<outer_kernel<kTiles, decltype(constant_wide)::value>>(
-        grid, kBytes, 1, false, stream, narrow, x, rows, rank, columns, part_rows, transposed, count > 1 ? parts : out);
+        device, how, narrow, x, rows, rank, columns, part_rows, transposed, count > 1 ? parts : out);
   });
   if (launched != cudaSuccess || count == 1) return launched;
-  const dim3 grid((unsigned)divide_up(rank * columns, kWarps * kWarp));
-  return launch<sum_kernel>(grid, 0, 1, true, stream, (const float*)parts, (int)count, rank * columns, out);
+  const Launch how = {dim3((unsigned)divide_up(rank * columns, kThreads)), kThreads, 0, stream, 1, true};
+  return launch<sum_kernel>(device, how, (const float*)parts, (int)count, rank * columns, out);
 }
 
 }  // namespace entrenar

@@ -297,6 +297,7 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMultiProcessorCount
 };
@@ -306,6 +307,7 @@ inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::kSharedBytes; break;
     case cudaDevAttrMultiProcessorCount: *value = 1; break;
   }
