@@ -14,8 +14,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPack = 4;
 constexpr int kFloatElements = kThreads * kPack * 2;          // of a block, where states are floats
-constexpr int kCodeElements = kThreads / kWarp * kCodeBlock;  // of a tile, where they are codes: a warp for a code block
-constexpr int kStages = 2;                                    // of a warp: code blocks in shared memory
+constexpr int kCodeElements = kThreads / kWarp * kCodeBlock;  // of a tile, where they are codes: a code block a warp
 constexpr int kResident = 3;                                  // blocks of threads on a multiprocessor
 
 struct ScalarMath {
@@ -442,7 +441,7 @@ __device__ void take(const OptimCall& call, const OptimStep& step, const AdamBou
 template <Rule rule, Dtype dtype>
 struct CodesMemory {
   CodeTable tables[Stage<rule, dtype>::kStates];
-  Stage<rule, dtype> stages[kThreads / kWarp][kStages];
+  Stage<rule, dtype> stages[kThreads / kWarp][2];  // one is taken while the next is on its way
 };
 
 template <Rule rule, Dtype dtype>
@@ -455,21 +454,18 @@ __global__ void __launch_bounds__(kThreads, kResident)
   auto& memory = *(CodesMemory<rule, dtype>*)shared_memory();
   Stage<rule, dtype>* const stages = memory.stages[threadIdx.x / kWarp];
   const int tiles = batch.end[batch.count - 1];
-  // Blocks take turns, so that memory is walked through in its order: a share of neighbours for each takes 10% longer.
-  int tile = blockIdx.x, ahead_tile = tile, slot = 0, ahead_slot = 0;
-  Cursor<kStates> here(batch, tile), ahead = here;
-  const auto fetch_next = [&] {
-    if (ahead_tile < tiles) {
-      ahead.seek(ahead_tile);
-      const uint32_t block = ahead.block(ahead_tile);
-      if (ahead.has(block)) fetch(stages[ahead_slot], ahead.tensor(), block, ahead.whole(block));
+  // Blocks take turns, so that memory is walked through in its order: shares of neighbours take 10% longer on an H200.
+  int tile = blockIdx.x;
+  Cursor<kStates> ahead(batch, tile);
+  const auto fetch_tile = [&](int tile, Stage<rule, dtype>& stage) {
+    if (tile < tiles) {
+      ahead.seek(tile);
+      const uint32_t block = ahead.block(tile);
+      if (ahead.has(block)) fetch(stage, ahead.tensor(), block, ahead.whole(block));
     }
     group_copies();
-    ahead_tile += gridDim.x;
-    ahead_slot = (ahead_slot + 1) % kStages;
   };
-#pragma unroll
-  for (int i = 0; i < kStages - 1; i++) fetch_next();
+  fetch_tile(tile, stages[0]);
   for (int k = 0; k < kStates; k++) fill_table(memory.tables[k], *call.codebooks[k]);
   __syncthreads();
 
@@ -477,24 +473,23 @@ __global__ void __launch_bounds__(kThreads, kResident)
   OptimStep step = {};
   AdamBounds bounds;
   float factor = 0;
-  for (; tile < tiles; tile += gridDim.x) {
-    here.seek(tile);
+  for (int turn = 0; tile < tiles; tile += gridDim.x, turn ^= 1) {
+    const Cursor<kStates> here = ahead;
     if (here.number() != of) {
       of = here.number();
       step = steps[of];
       factor = step.sign * clip;
       if (rule == kAdam) bounds = AdamBounds(step);
     }
-    wait_for_groups<kStages - 2>();
+    wait_for_groups<0>();
     __syncwarp();
-    fetch_next();
+    fetch_tile(tile + gridDim.x, stages[turn ^ 1]);
     const uint32_t block = here.block(tile);
     if (here.whole(block)) {
-      take<rule, dtype, true>(call, step, bounds, factor, memory.tables, stages[slot], here.tensor(), block);
+      take<rule, dtype, true>(call, step, bounds, factor, memory.tables, stages[turn], here.tensor(), block);
     } else if (here.has(block)) {
-      take<rule, dtype, false>(call, step, bounds, factor, memory.tables, stages[slot], here.tensor(), block);
+      take<rule, dtype, false>(call, step, bounds, factor, memory.tables, stages[turn], here.tensor(), block);
     }
-    slot = (slot + 1) % kStages;
   }
 }
 
