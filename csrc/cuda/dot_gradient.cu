@@ -41,16 +41,6 @@ struct DotGradient {
   __host__ __device__ int stride() const { return stage + kPiece; }
 };
 
-__device__ __forceinline__ uint32_t two_bfloat16(float low, float high) {
-#if defined(__CUDA_ARCH__)
-  uint32_t result;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-  return result;
-#else
-  return Float<kBFloat16>::narrow(low) | (uint32_t)Float<kBFloat16>::narrow(high) << 16;
-#endif
-}
-
 __device__ __forceinline__ float scale_at(const Weight& w, int64_t at) {
   return w.float32_scales ? ((const float*)w.scales)[at] : Float<kFloat16>::widen(((const uint16_t*)w.scales)[at]);
 }
@@ -157,7 +147,7 @@ __global__ void __launch_bounds__(kRound, 1) dot_gradient_kernel(const __grid_co
           for (int j = 0; j < 4; j++) products[j] = of_dy.at[j] * scale.at[j];
           uint32_t scaled[kParts][2];
           if constexpr (kParts == 1) {
-            for (int j = 0; j < 2; j++) scaled[0][j] = two_bfloat16(products[2 * j], products[2 * j + 1]);
+            for (int j = 0; j < 2; j++) scaled[0][j] = narrowed_pair(products[2 * j], products[2 * j + 1]);
           } else {
             uint16_t parts[4][kParts];
 #pragma unroll

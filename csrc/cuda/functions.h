@@ -23,17 +23,20 @@ static __device__ inline float exponential(float x) {
   }
 }
 
-// 1 / x. With 16 bits 0 where float32 is denormal.
+// 1 / x to within a unit or so of float32, and 0 where that is denormal.
+static __device__ inline float about_reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
 template <Dtype dtype>
 static __device__ inline float reciprocal(float x) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (dtype != kFloat32) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-  }
-#endif
-  return 1.0f / x;
+  return dtype == kFloat32 ? 1.0f / x : about_reciprocal(x);
 }
 
 }  // namespace entrenar

@@ -5,6 +5,7 @@
 #include "async.h"
 #include "batch.h"
 #include "floats.h"
+#include "functions.h"
 #include "launch.h"
 
 namespace entrenar {
@@ -172,17 +173,7 @@ __device__ uint32_t encode(const CodeTable& table, const float* values) {
   return (codes ^ flip) - beyond * 0xff - flip + kZeroCode * 0x01010101;
 }
 
-// Reciprocals and roots to within the last bit or so, of numbers far from the ends of the range.
-__device__ float about_reciprocal(float value) {
-#if defined(ENTRENAR_EMULATED)
-  return 1 / value;
-#else
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-  return result;
-#endif
-}
-
+// As about_reciprocal, of numbers far from the ends of the range.
 __device__ float about_reciprocal_root(float value) {
 #if defined(ENTRENAR_EMULATED)
   return 1 / sqrtf(value);
@@ -193,7 +184,7 @@ __device__ float about_reciprocal_root(float value) {
 #endif
 }
 
-__device__ float reciprocal(float value) {
+__device__ float rounded_reciprocal(float value) {
   const float about = about_reciprocal(value);
   return fmaf(about, fmaf(-value, about, 1.0f), about);
 }
@@ -219,7 +210,7 @@ struct AdamBounds {
 
   AdamBounds() = default;
   __device__ explicit AdamBounds(const OptimStep& step) {
-    over_root = reciprocal(step.root);
+    over_root = rounded_reciprocal(step.root);
     most_a = step.eps >= 0x1p-60f && step.eps <= 0x1p18f ? 0x1p60f / fmaxf(step.rate, 0x1p-60f) : -1;
     most_b = 0x1p36f * step.root * step.root;
   }
@@ -254,7 +245,7 @@ __device__ void update_pack(const OptimStep& step, const AdamBounds& bounds, flo
 #pragma unroll
       for (int i = 0; i < kPack; i++) {
         const float divisor = quotient(root(b[i]), step.root, bounds.over_root) + step.eps;
-        const float change = quotient(dividends[i], divisor, reciprocal(divisor));
+        const float change = quotient(dividends[i], divisor, rounded_reciprocal(divisor));
         // A zero has its sign from the dividend.
         const uint32_t sign = int4::float_bits(dividends[i]) & 0x80000000;
         params[i] = params[i] - int4::bits_float(int4::float_bits(change) | sign);

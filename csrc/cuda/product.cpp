@@ -65,21 +65,19 @@ void multiply_few(const Tensor& x, const Weight& w, bool transposed, const std::
 // 31 and 40. dx of 8 rows took 17, 42 and 31 us, and 21, 46 and 33.
 constexpr int64_t kFewRows = 32, kFewGradientRows = 8;
 
-bool are_few(int64_t rows, bool transposed) { return rows <= (transposed ? kFewRows : kFewGradientRows); }
-
-bool is_for_few(const Tensor& x, const Weight& w, bool transposed) {
+bool are_few(const Tensor& x, const Weight& w, bool transposed) {
   const int64_t rows = rows_of(x);
-  if (!are_few(rows, transposed)) return false;
-  return transposed ? int4_dot_takes(w, dtype_of(x, "x"), rows) : int4_dot_gradient_takes(w, rows);
+  return transposed ? rows <= kFewRows && int4_dot_takes(w, dtype_of(x, "x"), rows)
+                    : rows <= kFewGradientRows && int4_dot_gradient_takes(w, rows);
 }
 
-// Where Hopper's own kernel, which decodes W on the way to the tensor cores, takes less time than decoding W first: on an
-// H200, for weights of 4096 x 4096, 11008 x 4096 and 4096 x 11008, everywhere but in the gradient of 4096 rows and more
-// without a term, where it took 0.97 to 1.04 of that. A term is nearly free in it, and several products are one.
+// Where Hopper's own kernel, which decodes W on the way to the tensor cores, takes less time than decoding W first. On an
+// H200, for weights of 4096 x 4096, 11008 x 4096 and 4096 x 11008, it took 0.64 to 1 of that up to 2048 rows of dx, and
+// 0.97 to 1.04 for 4096; with a term, which is nearly free in it, 0.62 to 0.96 and 0.92 to 1.02. `python -m
+// benchmarks.cuda.int4_linear` has both ways.
 constexpr int64_t kManyGradientRows = 4096;
 
 bool pays_on_hopper(int64_t rows, bool transposed, bool with_term) {
-  if (are_few(rows, transposed)) return false;
   return transposed || with_term || rows < kManyGradientRows;
 }
 
@@ -113,7 +111,7 @@ bool go_at_once(const std::vector<Product>& products, bool transposed) {
   if (x.scalar_type() != ScalarType::BFloat16 || products.size() > ProductSm90::kMost) return false;
   const ProductSm90 all = hopper_product(products, transposed);
   for (const Product& one : products) {
-    if (one.y.numel() == 0 || rank_of(one, transposed) != all.rank) return false;
+    if (one.y.numel() == 0 || rank_of(one, transposed) != all.rank || are_few(one.x, one.w, transposed)) return false;
   }
   if (!pays_on_hopper(all.tokens, transposed, all.rank > 0)) return false;
   const OnDevice device(x);
@@ -131,10 +129,12 @@ void multiply_at_once(const std::vector<Product>& products, bool transposed) {
 
 void multiply(const Tensor& x, const Weight& w, bool transposed, const std::optional<Tensor>& bias, Tensor& y) {
   if (y.numel() == 0) return;
-  const std::vector<Product> one = {{x, w, y, bias, std::nullopt, std::nullopt}};
-  if (is_for_few(x, w, transposed)) {
+  if (are_few(x, w, transposed)) {
     multiply_few(x, w, transposed, bias, false, y);
-  } else if (go_at_once(one, transposed)) {
+    return;
+  }
+  const std::vector<Product> one = {{x, w, y, bias, std::nullopt, std::nullopt}};
+  if (go_at_once(one, transposed)) {
     multiply_at_once(one, transposed);
   } else if (bias) {
     multiply_decoded(x, w, transposed, torch::stable::to(*bias, y.scalar_type()), 1.0, y);
@@ -145,7 +145,7 @@ void multiply(const Tensor& x, const Weight& w, bool transposed, const std::opti
 
 void multiply_add(const Tensor& x, const Weight& w, bool transposed, Tensor& y) {
   if (y.numel() == 0) return;
-  if (is_for_few(x, w, transposed)) {
+  if (are_few(x, w, transposed)) {
     multiply_few(x, w, transposed, std::nullopt, true, y);
   } else {
     multiply_decoded(x, w, transposed, y, 1.0, y);

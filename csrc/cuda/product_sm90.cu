@@ -2,8 +2,6 @@
 // from, so the product comes out transposed, features by tokens, and is turned on its way to memory.
 #include "product_sm90.h"
 
-#include <cuda_bf16.h>
-
 #include "cluster.h"
 #include "dependent.h"
 #include "hopper.h"
@@ -52,8 +50,14 @@ struct Pipeline {
   __device__ uint32_t empty() const { return full() + 8; }
 };
 
+// Whose a tile of features is, or in the gradient a step.
+__device__ __forceinline__ int source_of(const Arguments& p, int index) {
+  int source = 0;
+  while (source + 1 < ProductSm90::kMost && index >= p.sources[source + 1].begin) source++;
+  return source;
+}
+
 // A tile: whose it is, and where its features and tokens begin. In the gradient the first source has what is common.
-// Sources are named by their numbers: an address of a parameter would make of a constant's read one of memory.
 template <bool gradient, int kTokens>
 struct TileOf {
   int source = 0, feature, token;
@@ -62,20 +66,13 @@ struct TileOf {
     const Tile tile = tile_at(index, p.feature_tiles, p.token_tiles);
     int first = 0;
     if (!gradient) {
-      while (source + 1 < ProductSm90::kMost && tile.features >= p.sources[source + 1].begin) source++;
+      source = source_of(p, tile.features);
       first = p.sources[source].begin;
     }
     feature = (tile.features - first) * kFeatures;
     token = tile.tokens * kTokens;
   }
 };
-
-// Whose a step of the gradient is.
-__device__ __forceinline__ int source_of(const Arguments& p, int step) {
-  int source = 0;
-  while (source + 1 < ProductSm90::kMost && step >= p.sources[source + 1].begin) source++;
-  return source;
-}
 
 template <bool gradient, int kTokens>
 __device__ void copy_tensors(const Arguments& p, Pipeline<kTokens> pipeline, int part) {
@@ -197,11 +194,6 @@ __device__ void copy_scales(const Arguments& p, Pipeline<kTokens> pipeline, int 
   }
 }
 
-__device__ __forceinline__ uint32_t narrow(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *(const uint32_t*)&pair;
-}
-
 // The factor of the last term: the fragment of 16 of its contraction, zero beyond its rank.
 template <bool gradient>
 __device__ void read_factor(uint32_t (&a)[4], const Arguments& p, const Source& source, int feature, int first) {
@@ -297,11 +289,11 @@ __device__ void write(const Source& source, float (&sums)[kTokens / 2], char* ou
     if (gradient) {
       for (int j = 0; j < 4; j++) {
         *(uint32_t*)(out + gradient_stored(warp, lane, j % 2) + kNextTokens * (i + j / 2)) =
-            narrow(s[4 * (j / 2) + j % 2], s[4 * (j / 2) + j % 2 + 2]);
+            narrowed_pair(s[4 * (j / 2) + j % 2], s[4 * (j / 2) + j % 2 + 2]);
       }
     } else {
-      store_matrices_transposed(shared_address(out) + forward_stored(warp, lane) + kNextTokens * i, narrow(s[0], s[1]),
-                                narrow(s[2], s[3]), narrow(s[4], s[5]), narrow(s[6], s[7]));
+      store_matrices_transposed(shared_address(out) + forward_stored(warp, lane) + kNextTokens * i, narrowed_pair(s[0], s[1]),
+                                narrowed_pair(s[2], s[3]), narrowed_pair(s[4], s[5]), narrowed_pair(s[6], s[7]));
     }
   }
   fence_tensor_copies();

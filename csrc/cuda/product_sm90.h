@@ -24,7 +24,7 @@ struct ProductSm90 {
   int rank;  // of each factor; 0 leaves out the last term
 };
 
-// Whether product_sm90 can compute it, on the current device. No factor is looked at.
+// Whether product_sm90 can compute it, on the current device.
 bool product_sm90_takes(const ProductSm90& product);
 
 // Returns a cudaError_t.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../int4.h"
+#include "pairs.h"
 
 namespace entrenar::sm90 {
 
@@ -47,55 +48,6 @@ struct alignas(8) Scales {
   uint32_t high, low;
 };
 
-// Two bfloat16 in a word, the first one low.
-
-INT4_HD uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  uint32_t d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-#else
-  uint32_t d = 0;
-  for (int i = 0; i < 32; i += 16) {
-    const float product = int4::bfloat16_to_float(a >> i) * int4::bfloat16_to_float(b >> i);  // 16 bits: exact
-    // Exact too where this is used: the sum of products of one scale's two parts with a code.
-    d |= (uint32_t)int4::float_to_bfloat16(product + int4::bfloat16_to_float(c >> i)) << i;
-  }
-  return d;
-#endif
-}
-
-INT4_HD uint32_t multiply_pair(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  uint32_t d;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-#else
-  return fma_pair(a, b, 0x80008000);
-#endif
-}
-
-INT4_HD uint32_t subtract_pair(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  uint32_t d;
-  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-#else
-  return fma_pair(b, 0xbf80bf80, a);
-#endif
-}
-
-// The low nibbles u of a word's two halves, as 128 + u.
-INT4_HD uint32_t spread_pair(uint32_t codes) {
-#if defined(__CUDA_ARCH__)
-  uint32_t d;
-  asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(d) : "r"(codes), "r"(0x43004300));  // a & b | c
-  return d;
-#else
-  return (codes & 0x000f000f) | 0x43004300;
-#endif
-}
-
 // A float16 scale is the sum of two bfloat16: its leading 8 bits, and the 3 that are left, low and high in a word.
 INT4_HD uint32_t split_scale(uint16_t half) {
 #if defined(__CUDA_ARCH__)
@@ -112,7 +64,8 @@ INT4_HD uint32_t split_scale(uint16_t half) {
 
 // The low nibbles of a word's two halves times their scales: q * low is exact, so that the sum rounds once.
 INT4_HD uint32_t decode_pair(uint32_t codes, uint32_t scale_high, uint32_t scale_low) {
-  const uint32_t q = subtract_pair(spread_pair(codes), 0x43084308);  // 128 + int4::kZeroNibble
+  const uint32_t biased = masked_or(codes, 0x000f000f, 0x43004300);  // 128 + u
+  const uint32_t q = subtract_pair(biased, 0x43084308);              // 128 + int4::kZeroNibble
   return fma_pair(q, scale_high, multiply_pair(q, scale_low));
 }
 
