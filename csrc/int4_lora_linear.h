@@ -40,14 +40,17 @@ using Biases = std::vector<std::optional<Tensor>>;
 Tensors project_up(const Tensor& x, const Tensors& us, const std::vector<Layer>& layers, const Biases& biases,
                    bool int8);
 
-// scaling dy B
-Tensor project_back(const Tensor& dy, const Layer& layer, double scaling);
+struct Back {
+  Tensors dus;  // in whatever tensors the device's sum_back() takes them
+  Tensors dA, dB;
+};
+
+// du_i = scaling dy_i B_i, dA_i = du_iᵀ x, and dB_i = dy_iᵀ u_i, the last two in float32.
+Back project_back(const Tensor& x, const Tensors& dys, const Tensors& us, const std::vector<Layer>& layers,
+                  double scaling);
 
 // Σ dy_i W_i + du_i A_i, into a tensor like x. Either list may be empty.
 Tensor sum_back(const Tensor& x, const Tensors& dys, const Tensors& dus, const std::vector<Layer>& layers);
-
-// narrowᵀ wide in float32 [rank, columns], or its transpose.
-Tensor outer(const Tensor& narrow, const Tensor& wide, bool transposed);
 
 Layer layer_of(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& lora_A, const Tensor& lora_B,
                int64_t block) {
@@ -113,25 +116,22 @@ Gradients backward(const Tensors& dys, const Tensor& x, const std::vector<Layer>
   const size_t count = layers.size();
   STD_TORCH_CHECK(dys.size() == count && us.size() == count, "dy and u must be lists of the layers' length");
 
-  Tensors gradients, dus, dB;
+  Tensors gradients, lows;
   for (size_t i = 0; i < count; i++) {
     STD_TORCH_CHECK(dtype_of(dys[i], "dy") == dtype_of(x, "x") && dtype_of(us[i], "u") == dtype_of(x, "x"),
                     "dy, u and x must have the same dtype");
     check_device(dys[i], "dy", x);
     check_device(us[i], "u", x);
     gradients.push_back(packed(dys[i]));
-    const Tensor down = packed(us[i]);
-    STD_TORCH_CHECK(gradients[i].numel() == rows * layers[i].w.rows && down.numel() == rows * layers[i].rank,
+    lows.push_back(packed(us[i]));
+    STD_TORCH_CHECK(gradients[i].numel() == rows * layers[i].w.rows && lows[i].numel() == rows * layers[i].rank,
                     "dy must be [..., N] and u [..., r], with the rows of x");
-    dus.push_back(project_back(gradients[i], layers[i], scaling));
-    dB.push_back(outer(down, gradients[i], true));  // while a cache may still hold dy
   }
 
+  const Back back = project_back(input, gradients, lows, layers, scaling);
   const auto none = [&x] { return torch::stable::new_empty(x, {0}); };  // a new one each: results share no memory
-  Gradients result = {needs_dx ? sum_back(input, gradients, apart ? Tensors() : dus, layers) : none(),
-                      apart ? sum_back(input, {}, dus, layers) : none(), {}, dB};
-  for (const Tensor& du : dus) result.dA.push_back(outer(du, input, false));
-  return result;
+  return {needs_dx ? sum_back(input, gradients, apart ? Tensors() : back.dus, layers) : none(),
+          apart ? sum_back(input, {}, back.dus, layers) : none(), back.dA, back.dB};
 }
 
 std::tuple<Tensor, Tensor> int4_lora_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,

@@ -10,13 +10,20 @@ from torch import Tensor
 
 
 def check_rounding(
-    op: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float
+    op: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    scale: float,
+    bias: Tensor | float = 0.0,
 ) -> None:
     """`op(query, key, value)` and its gradients are as near to float64 as their roundings allow.
 
-    `seen` [T, S] says which queries see which keys. To first order, with u a relative error of the probabilities P, of
-    the output O in delta = rowsum(dO O), and of dS = P (dP - delta), and A = |dO| |V|ᵀ + rowsum(|dO| (P |V|)):
-    O is off by u (P |V| + |O|), dV by u (Pᵀ |dO| + |dV|), dQ by u (|scale| (P A) |K| + |dQ|), and dK likewise.
+    `seen` says which queries see which keys, and a finite `bias` is added to the scores: [..., T, S]. To first order,
+    with u a relative error of the probabilities P, of the output O in delta = rowsum(dO O), and of dS = P (dP - delta),
+    and A = |dO| |V|ᵀ + rowsum(|dO| (P |V|)): O is off by u (P |V| + |O|), dV by u (Pᵀ |dO| + |dV|), dQ by u (|scale| (P
+    A) |K| + |dQ|), and dK likewise.
 
     bfloat16 rounds by 2^-9, and P, O and dS each once. float32 rounds every step of a sum by 2^-24; a score's error,
     relative to the magnitudes that are summed in it, becomes one of its probability. Results below 2^-126 are lost, and
@@ -33,7 +40,7 @@ def check_rounding(
     q, k, v, dy = (x.detach().double() for x in (query, key, value, d_output))
     if shared > 1:
         k, v = k.repeat_interleave(shared, -3), v.repeat_interleave(shared, -3)
-    p = (scale * (q @ k.mT)).masked_fill(~seen, -math.inf).softmax(-1).nan_to_num()  # a query may see nothing
+    p = (scale * (q @ k.mT) + bias).masked_fill(~seen, -math.inf).softmax(-1).nan_to_num()  # a query may see nothing
     o, dp = p @ v, dy @ v.mT
     ds = p * (dp - (dy * o).sum(-1, keepdim=True))
     expected = [o, scale * ds @ k, scale * ds.mT @ q, p.mT @ dy]
@@ -44,7 +51,7 @@ def check_rounding(
         return [p @ v.abs(), noise @ k.abs(), noise.mT @ q.abs(), p.mT @ dy.abs()]
 
     steps = 8 + sum(key.shape[-2:]) + shared * query.shape[-2]
-    magnitudes = (abs(scale) * (q.abs() @ k.abs().mT)).max().item() if p.numel() else 0.0
+    magnitudes = (abs(scale) * (q.abs() @ k.abs().mT) + abs(bias)).max().item() if p.numel() else 0.0
     u = 2**-24 * steps * (1 + magnitudes) + (3 * 2**-9 if query.dtype == torch.bfloat16 else 0.0)
     bounds = [u * around + lost for around, lost in zip(spread(p), spread(2**-125 * seen.double()), strict=True)]
     for name, actual, wanted, bound in zip(("o", "dq", "dk", "dv"), results, expected, bounds, strict=True):

@@ -3,7 +3,8 @@
 Models have random weights in the shapes of Llama 7B and SmolLM2-135M. Each is laid out on the meta device and every
 linear layer quantized on the GPU as it is made, so that the 16-bit model never exists. Rank 16 on all linear layers,
 loss on every token, gradient clipping, AdamW (the peer's is torch's fused one). "recompute" is activation checkpointing
-by decoder layer, the same on both sides. Where a cap is given, torch may take no more memory than that for everything.
+by decoder layer, the same on both sides. "captured" is the whole step as one CUDA graph, launched at once. Where a cap
+is given, torch may take no more memory than that for everything.
 
 Each side of a model has a process of its own. Rows already measured at this commit on this GPU are kept, so that a run
 that was cut short goes on; --again measures anew.
@@ -66,6 +67,7 @@ class Workload:
     length: int
     recompute: bool = False
     cap_gb: float | None = None
+    captured: bool = False
 
 
 WORKLOADS = {
@@ -75,8 +77,9 @@ WORKLOADS = {
         Workload(1, 2048, recompute=True),
         Workload(1, 512),
         Workload(4, 512),
+        Workload(1, 512, captured=True),
     ),
-    "135M-shaped Llama": (Workload(4, 256),),
+    "135M-shaped Llama": (Workload(4, 256), Workload(4, 256, captured=True)),
     "tiny": (Workload(2, 16), Workload(2, 16, recompute=True)),
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -147,7 +150,7 @@ def peers(name: str) -> tuple[nn.Module, Any, Step]:
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True, capturable=True)
 
     def step(ids: Tensor) -> Tensor:
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
@@ -192,6 +195,26 @@ def run(step: Step, ids: Tensor) -> tuple[list[float], list[float]]:
     return losses, seconds[WARM_UP:]
 
 
+def captured(step: Step, ids: Tensor) -> Step:
+    """The step as a CUDA graph, after two plain ones, in which what is made once is made."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step(ids)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph, static = torch.cuda.CUDAGraph(), ids.clone()
+    with torch.cuda.graph(graph):
+        loss = step(static)
+
+    def replay(ids: Tensor) -> Tensor:
+        static.copy_(ids)
+        graph.replay()
+        return loss
+
+    return replay
+
+
 def cap(gigabytes: float | None) -> None:
     total = torch.cuda.get_device_properties().total_memory
     torch.cuda.set_per_process_memory_fraction(1.0 if gigabytes is None else gigabytes * 1e9 / total)
@@ -229,11 +252,16 @@ def measure(side: str, name: str, chosen: list[int]) -> None:
         shape = workload.batch_size, workload.length
         ids = torch.randint(MODELS[name]["vocab_size"], shape, generator=torch.Generator().manual_seed(i)).to(DEVICE)
         try:
-            losses, seconds = run(step, ids)
+            losses, seconds = run(captured(step, ids) if workload.captured else step, ids)
         except torch.OutOfMemoryError:
             optimizer.zero_grad()
             print(json.dumps(row | {"outcome": "out of memory"}), flush=True)
             continue
+        except RuntimeError as error:
+            if not workload.captured:
+                raise
+            print(json.dumps(row | {"outcome": f"not captured: {str(error).splitlines()[0]}"}), flush=True)
+            break  # the stream may be lost with it
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         reserved = torch.cuda.max_memory_reserved() if on_gpu else 0
         memory = account(model, optimizer)
@@ -253,7 +281,7 @@ def measure(side: str, name: str, chosen: list[int]) -> None:
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("side", "model", "batch_size", "length", "recompute", "cap_gb"))
+    return tuple(row[name] for name in ("side", "model", "batch_size", "length", "recompute", "cap_gb", "captured"))
 
 
 def earlier_rows() -> list[dict[str, Any]]:
@@ -273,7 +301,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         theirs = trained.get(("PEFT + bitsandbytes", *rest))
         if side == "entrenar" and theirs:
             compared.append(
-                {name: mine[name] for name in ("model", "batch_size", "length", "recompute", "cap_gb")}
+                {name: mine[name] for name in ("model", "batch_size", "length", "recompute", "cap_gb", "captured")}
                 | {name: round(mine[name] / theirs[name], 3) for name in ("tokens_per_second", "peak_gb")}
             )
     return compared

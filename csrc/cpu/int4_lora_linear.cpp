@@ -63,13 +63,6 @@ Tensors project_up(const Tensor& x, const Tensors& us, const std::vector<Layer>&
   return ys;
 }
 
-Tensor project_back(const Tensor& dy, const Layer& layer, double scaling) {
-  Tensor du = empty_with_last(dy, layer.rank);
-  const Term term = {dy, B_of(layer)};
-  multiply(&term, 1, false, static_cast<float>(scaling), std::nullopt, du);
-  return du;
-}
-
 Tensor sum_back(const Tensor& x, const Tensors& dys, const Tensors& dus, const std::vector<Layer>& layers) {
   std::vector<Term> terms;
   for (size_t i = 0; i < layers.size(); i++) {
@@ -81,6 +74,7 @@ Tensor sum_back(const Tensor& x, const Tensors& dys, const Tensors& dus, const s
   return sum;
 }
 
+// narrowᵀ wide in float32 [rank, columns], or its transpose.
 Tensor outer(const Tensor& narrow, const Tensor& wide, bool transposed) {
   static thread_local Workspace workspace;
   const int64_t rows = rows_of(narrow), rank = narrow.size(-1), columns = wide.size(-1);
@@ -96,6 +90,20 @@ Tensor outer(const Tensor& narrow, const Tensor& wide, bool transposed) {
     k.outer(packed, rank, from, dtype, rows, columns, begin * kColumns, std::min(columns, end * kColumns), to);
   });
   return transposed ? torch::stable::contiguous(torch::stable::transpose(out, 0, 1)) : out;
+}
+
+Back project_back(const Tensor& x, const Tensors& dys, const Tensors& us, const std::vector<Layer>& layers,
+                  double scaling) {
+  Back back;
+  for (size_t i = 0; i < layers.size(); i++) {
+    Tensor du = empty_with_last(dys[i], layers[i].rank);
+    const Term term = {dys[i], B_of(layers[i])};
+    multiply(&term, 1, false, static_cast<float>(scaling), std::nullopt, du);
+    back.dus.push_back(du);
+    back.dB.push_back(outer(us[i], dys[i], true));  // while a cache may still hold dy
+  }
+  for (const Tensor& du : back.dus) back.dA.push_back(outer(du, x, false));
+  return back;
 }
 
 }  // namespace

@@ -5,25 +5,20 @@
 
 namespace entrenar {
 
-// 16 aligned bytes from global to shared memory; or, where they are not `given`, as many zeros.
-static __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool given = true) {
+// 4, 8 or 16 aligned bytes from global to shared memory; or, where they are not `given`, as many zeros.
+template <int kBytes>
+static __device__ __forceinline__ void copy_async(void* shared, const void* global, bool given = true) {
 #if defined(ENTRENAR_EMULATED)
-  given ? memcpy(shared, global, 16) : memset(shared, 0, 16);
+  given ? memcpy(shared, global, kBytes) : memset(shared, 0, kBytes);
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
-               "l"(global), "r"(given ? 16 : 0)
-               : "memory");
-#endif
-}
-
-// The same of 4 aligned bytes.
-static __device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool given = true) {
-#if defined(ENTRENAR_EMULATED)
-  given ? memcpy(shared, global, 4) : memset(shared, 0, 4);
-#else
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
-               "l"(global), "r"(given ? 4 : 0)
-               : "memory");
+  const auto to = (unsigned)__cvta_generic_to_shared(shared);
+  const int from = given ? kBytes : 0;
+  if constexpr (kBytes == 16) {  // these alone can pass by the first cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(kBytes), "r"(from)
+                 : "memory");
+  }
 #endif
 }
 

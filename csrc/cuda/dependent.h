@@ -6,11 +6,19 @@
 
 namespace entrenar {
 
-// Lets the next kernel of the stream be launched while this one runs, if it asks to, and waits until the one before has
-// ended and what it wrote is seen. To be called by every thread before it touches memory.
+// Lets the next kernel of the stream be launched while this one runs, if it asks to. It then finds a place where this one
+// leaves one.
+static __device__ __forceinline__ void let_next_kernel_begin() {
+#if !defined(ENTRENAR_EMULATED) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before has ended and what it wrote is seen. To be called by every thread before it reads or
+// writes what that kernel, or one before it, may have to do with.
 static __device__ __forceinline__ void wait_for_kernel_before() {
 #if !defined(ENTRENAR_EMULATED) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

@@ -113,13 +113,14 @@ __global__ void __launch_bounds__(kRound, 1) dot_gradient_kernel(const __grid_co
 #pragma unroll
       for (int r = 0; r < kStep; r += 8) {
         const uint4* from = codes + min(to_copy + g + r, end - 1) * groups;
-        copy_async_16(to + copy_slot * kSlotBytes + r * kChunkBytes, from);
+        copy_async<16>(to + copy_slot * kSlotBytes + r * kChunkBytes, from);
       }
     }
     group_copies();
     to_copy += kRound;
     copy_slot = copy_slot + 1 == d.slots ? 0 : copy_slot + 1;
   };
+  let_next_kernel_begin();
   wait_for_kernel_before();
 #pragma unroll 1
   for (int i = 0; i < kAhead; i++) copy_next();

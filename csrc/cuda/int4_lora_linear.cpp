@@ -38,31 +38,39 @@ std::vector<Layer> prepared(const Tensor& x, const std::vector<Layer>& given, bo
   return layers;
 }
 
-// scaling x factorᵀ of each factor.
-Tensors project(const Tensor& x, const Tensors& factors, double scaling) {
-  Tensors results;
+// scaling x factorᵀ for each.
+struct Projected {
+  const Tensor &x, &factor;
+  Tensor out;  // a matrix, perhaps of columns among others
+};
+
+void project(const std::vector<Projected>& all, double scaling) {
   std::vector<Projection> projections;
-  for (const Tensor& factor : factors) {
-    results.push_back(empty_with_last(x, factor.size(0)));
-    Tensor& result = results.back();
-    if (is_bfloat16(x)) {
-      projections.push_back({bits_of(factor), factor.size(0), bits_of(result)});
-    } else if (result.numel() > 0) {
-      Tensor flat = matrix(result);
-      addmm(flat, flat, matrix(x), transpose(factor, 0, 1), 0.0, scaling);
+  for (const Projected& one : all) {
+    Tensor out = one.out;
+    if (is_bfloat16(one.x)) {
+      projections.push_back({bits_of(one.x), one.x.size(-1), bits_of(one.factor), one.factor.size(0), bits_of(out),
+                             out.stride(0)});
+    } else if (out.numel() > 0) {
+      addmm(out, out, matrix(one.x), transpose(one.factor, 0, 1), 0.0, scaling);
     }
   }
-  if (projections.empty()) return results;
+  if (projections.empty()) return;
+  const Tensor& x = all[0].x;
   const OnDevice device(x);
-  device.check(skinny_project_cuda(bits_of(x), projections.data(), static_cast<int64_t>(projections.size()), rows_of(x),
-                                   x.size(-1), static_cast<float>(scaling), device.stream()));
-  return results;
+  device.check(skinny_project_cuda(projections.data(), static_cast<int64_t>(projections.size()), rows_of(x),
+                                   static_cast<float>(scaling), device.stream()));
 }
 
 Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double scaling) {
-  Tensors factors;
-  for (const Layer& layer : layers) factors.push_back(layer.A);
-  return project(x, factors, scaling);
+  Tensors us;
+  std::vector<Projected> all;
+  for (const Layer& layer : layers) {
+    us.push_back(empty_with_last(x, layer.rank));
+    all.push_back({x, layer.A, matrix(us.back())});
+  }
+  project(all, scaling);
+  return us;
 }
 
 // In bfloat16 the smaller terms are written first: they are what is rounded in between, where that cannot be avoided.
@@ -95,8 +103,65 @@ Tensors project_up(const Tensor& x, const Tensors& us, const std::vector<Layer>&
   return ys;
 }
 
-Tensor project_back(const Tensor& dy, const Layer& layer, double scaling) {
-  return project(dy, {transpose(layer.B, 0, 1)}, scaling)[0];
+// In float32 [rank, columns], or its transpose, for each: narrowᵀ x.
+struct Outer {
+  const Tensor &narrow, &x;  // a matrix, perhaps of columns among others
+  bool transposed;
+};
+
+Tensors outer(const std::vector<Outer>& all) {
+  Tensors results;
+  std::vector<OuterProduct> products;
+  int64_t numel = 0;
+  for (const Outer& one : all) {
+    const int64_t rank = one.narrow.size(-1), columns = one.x.size(-1);
+    results.push_back(torch::stable::new_empty(
+        one.x, {one.transposed ? columns : rank, one.transposed ? rank : columns}, ScalarType::Float));
+    Tensor& out = results.back();
+    numel += out.numel();
+    if (is_bfloat16(one.x)) {
+      products.push_back({bits_of(one.x), columns, bits_of(one.narrow), one.narrow.stride(0), rank, one.transposed,
+                          out.mutable_data_ptr<float>()});
+    } else if (out.numel() > 0) {
+      const Tensor x = matrix(one.x);
+      addmm(out, out, transpose(one.transposed ? x : one.narrow, 0, 1), one.transposed ? one.narrow : x, 0.0);
+    }
+  }
+  if (products.empty()) return results;
+  const Tensor& x = all[0].x;
+  const OnDevice device(x);
+  const auto count = static_cast<int64_t>(products.size());
+  const int64_t parts = skinny_outer_parts(products.data(), count, rows_of(x));
+  Tensor scratch = torch::stable::new_empty(x, {parts > 1 ? parts * numel : 0}, ScalarType::Float);
+  device.check(skinny_outer_cuda(products.data(), count, rows_of(x), scratch.mutable_data_ptr<float>(),
+                                 device.stream()));
+  return results;
+}
+
+// All du side by side, as the product takes them that adds them up.
+Back project_back(const Tensor& x, const Tensors& dys, const Tensors& us, const std::vector<Layer>& layers,
+                  double scaling) {
+  Tensor all = torch::stable::new_empty(x, {rows_of(x), ranks_of(layers)});
+  Tensors factors, lows, dus;
+  int64_t begin = 0;
+  for (size_t i = 0; i < layers.size(); i++) {
+    factors.push_back(transpose(layers[i].B, 0, 1));
+    lows.push_back(matrix(us[i]));
+    dus.push_back(torch::stable::narrow(all, 1, begin, layers[i].rank));
+    begin += layers[i].rank;
+  }
+  std::vector<Projected> down;
+  std::vector<Outer> gradients;
+  for (size_t i = 0; i < layers.size(); i++) {
+    down.push_back({dys[i], factors[i], dus[i]});
+    gradients.push_back({dus[i], x, false});
+    gradients.push_back({lows[i], dys[i], true});
+  }
+  project(down, scaling);
+  const Tensors both = outer(gradients);
+  Back back = {{all}, {}, {}};
+  for (size_t i = 0; i < both.size(); i++) (i % 2 ? back.dB : back.dA).push_back(both[i]);
+  return back;
 }
 
 Tensor stacked_A(const std::vector<Layer>& layers) {
@@ -111,25 +176,13 @@ Tensor stacked_A(const std::vector<Layer>& layers) {
   return stacked;
 }
 
-Tensor side_by_side(const Tensors& parts, int64_t columns) {
-  if (parts.size() == 1) return parts[0];
-  Tensor all = empty_with_last(parts[0], columns);
-  int64_t begin = 0;
-  for (const Tensor& part : parts) {
-    Tensor own = torch::stable::narrow(all, -1, begin, part.size(-1));
-    torch::stable::copy_(own, part);
-    begin += part.size(-1);
-  }
-  return all;
-}
-
 // One product of all dy with all W, where there is a kernel for that. Else each is added in place, which in bfloat16
 // rounds the sum once for each layer: dy side by side would move 2 N more numbers for a row of dx than adding moves 2 K.
 Tensor sum_back(const Tensor& x, const Tensors& dys, const Tensors& dus, const std::vector<Layer>& layers) {
   Tensor sum = empty_as(x), flat = matrix(sum);
   if (sum.numel() == 0) return sum;
   std::optional<Tensor> low;
-  if (!dus.empty()) low = matrix(side_by_side(dus, ranks_of(layers)));
+  if (!dus.empty()) low = dus[0];
   std::vector<Product> products;
   for (size_t i = 0; i < dys.size(); i++) {
     products.push_back({matrix(dys[i]), layers[i].w, flat, {}, low, low ? std::optional(layers[i].A) : std::nullopt});
@@ -147,24 +200,6 @@ Tensor sum_back(const Tensor& x, const Tensors& dys, const Tensors& dus, const s
     }
   }
   return sum;
-}
-
-Tensor outer(const Tensor& narrow, const Tensor& wide, bool transposed) {
-  const int64_t rows = rows_of(wide), rank = narrow.size(-1), columns = wide.size(-1);
-  Tensor out = torch::stable::new_empty(wide, {transposed ? columns : rank, transposed ? rank : columns},
-                                        ScalarType::Float);
-  if (out.numel() == 0) return out;
-  if (!is_bfloat16(wide)) {
-    const Tensor &left = transposed ? wide : narrow, &right = transposed ? narrow : wide;
-    addmm(out, out, transpose(matrix(left), 0, 1), matrix(right), 0.0);
-    return out;
-  }
-  const OnDevice device(wide);
-  const int64_t count = skinny_outer_parts(rows, columns);
-  Tensor parts = torch::stable::new_empty(out, {count > 1 ? count * out.numel() : 0});
-  device.check(skinny_outer_cuda(bits_of(narrow), bits_of(wide), rows, rank, columns, transposed,
-                                 parts.mutable_data_ptr<float>(), out.mutable_data_ptr<float>(), device.stream()));
-  return out;
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include "async.h"
 #include "batch.h"
+#include "dependent.h"
 #include "floats.h"
 #include "functions.h"
 #include "launch.h"
@@ -35,6 +36,7 @@ __device__ bool finite(float value) { return fabsf(value) <= 3.402823466e38f; }
 __global__ void __launch_bounds__(kThreads)
     prepare_kernel(const __grid_constant__ Batch<OptimTensor> batch, const float* factor,
                    const __grid_constant__ OptimSettings settings, OptimStep* steps) {
+  let_next_kernel_begin();
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= batch.count || (factor && !finite(*factor))) return;
   const float step = *batch.tensors[i].step + 1;
@@ -339,13 +341,13 @@ __device__ void fetch(Stage<rule, dtype>& stage, const OptimTensor& tensor, uint
     constexpr int kCopy = 16 / sizeof(Bits);
 #pragma unroll
     for (int i = 0; i < kCodeBlock; i += kWarp * kCopy) {
-      copy_async_16(stage.params + i + lane * kCopy, params + i + lane * kCopy);
-      copy_async_16(stage.grads + i + lane * kCopy, grads + i + lane * kCopy);
+      copy_async<16>(stage.params + i + lane * kCopy, params + i + lane * kCopy);
+      copy_async<16>(stage.grads + i + lane * kCopy, grads + i + lane * kCopy);
     }
     constexpr int kCopies = kCodeBlock / 16;
     if (lane < S::kStates * kCopies) {
       const auto* codes = (const uint8_t*)(lane < kCopies ? tensor.states[0] : tensor.states[1]) + begin;
-      copy_async_16(stage.codes[0] + lane * 16, codes + lane % kCopies * 16);
+      copy_async<16>(stage.codes[0] + lane * 16, codes + lane % kCopies * 16);
     }
   } else {
     const int count = (int)min((int64_t)kCodeBlock, tensor.size - begin);
@@ -358,7 +360,7 @@ __device__ void fetch(Stage<rule, dtype>& stage, const OptimTensor& tensor, uint
       }
     }
   }
-  if (lane < S::kStates) copy_async_4(stage.absmaxes + lane, tensor.absmaxes[lane] + block);
+  if (lane < S::kStates) copy_async<4>(stage.absmaxes + lane, tensor.absmaxes[lane] + block);
 }
 
 template <bool with_sign>
@@ -441,7 +443,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
                  const OptimStep* steps) {
   constexpr int kStates = Stage<rule, dtype>::kStates;
   const float clip = call.factor ? *call.factor : 1.0f;
-  if (!finite(clip)) return;
+  if (!finite(clip)) {
+    wait_for_kernel_before();
+    return;
+  }
   auto& memory = *(CodesMemory<rule, dtype>*)shared_memory();
   Stage<rule, dtype>* const stages = memory.stages[threadIdx.x / kWarp];
   const int tiles = batch.end[batch.count - 1];
@@ -460,6 +465,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   for (int k = 0; k < kStates; k++) fill_table(memory.tables[k], *call.codebooks[k]);
   __syncthreads();
 
+  wait_for_kernel_before();  // which prepares the steps, and nothing else
   int of = -1;  // the tensor of
   OptimStep step = {};
   AdamBounds bounds;
@@ -489,7 +495,7 @@ int launch_codes(const Batch<OptimTensor>& batch, const OptimCall& call, const O
                  void* stream) {
   const Device device;
   const unsigned blocks = (unsigned)std::min<int64_t>(tiles, device.processors * kResident);
-  const Launch how = {dim3(blocks), kThreads, sizeof(CodesMemory<rule, dtype>), stream};
+  const Launch how = {dim3(blocks), kThreads, sizeof(CodesMemory<rule, dtype>), stream, 1, true};
   return launch<codes_kernel<rule, dtype>>(device, how, batch, call, steps);
 }
 

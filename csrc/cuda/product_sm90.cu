@@ -399,6 +399,7 @@ __global__ __launch_bounds__(kThreads, Layout<kTokens>::kResident) void product_
     fence_barrier_init();
   }
   pipeline.place = {0, 0};
+  let_next_kernel_begin();
   wait_for_kernel_before();
   __syncthreads();
 

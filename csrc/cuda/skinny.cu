@@ -23,6 +23,12 @@ constexpr int kMostTiles = 4;         // whose sums fit a kernel's registers: mo
 constexpr int kWarps = 8;             // of a block
 constexpr int kThreads = kWarps * kWarp;
 
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool is_wide(const uint16_t* memory, int64_t columns) { return (uintptr_t)memory % 16 == 0 && columns % 8 == 0; }
+bool is_wide(const Projection& p) { return is_wide(p.x, p.columns) && is_wide(p.factor, p.columns); }
+bool is_wide(const OuterProduct& p) { return is_wide(p.x, p.columns); }
+
 // Of 8 elements the first `count`, and zeros. Where memory is `wide`, that is every row begins at a multiple of 16
 // bytes, there are all or none.
 template <bool wide>
@@ -70,10 +76,28 @@ __device__ __forceinline__ void sum_over_cluster(Sums* partial, int n, int block
   cluster_barrier();  // the others still read
 }
 
-constexpr int kMostAtOnce = 16;  // factors of a launch
+constexpr int kMostAtOnce = 16;  // factors, or products, of a launch
 
 struct Factors {
   Factor each[kMostAtOnce];
+};
+
+// The products of a launch, each with blocks of its own.
+template <class Product>
+struct Together {
+  Product each[kMostAtOnce];
+  int count = 0;
+  int64_t most_rank = 0, most_columns = 0;
+  bool wide = true;  // all memory that is read is
+
+  Together(const Product* products, int64_t product_count) {
+    for (; count < std::min<int64_t>(product_count, kMostAtOnce); count++) {
+      const Product& p = each[count] = products[count];
+      most_rank = std::max(most_rank, p.rank);
+      most_columns = std::max(most_columns, p.columns);
+      wide &= is_wide(p);
+    }
+  }
 };
 
 __global__ void round_kernel(const __grid_constant__ Factors factors) {
@@ -84,19 +108,10 @@ __global__ void round_kernel(const __grid_constant__ Factors factors) {
 }
 
 struct Project {
-  Projection each[kMostAtOnce];
-  int count;
-  const uint16_t* x;
-  int64_t rows, columns, rank;  // the ranks of all
+  Together<Projection> all;
+  int64_t rows;
   float scale;
   int split;  // blocks of a cluster, over the columns
-
-  // Whose a rank is, and which of its own it is.
-  __device__ const Projection& find(int64_t rank, int64_t& own) const {
-    int i = 0;
-    for (own = rank; i < count - 1 && own >= each[i].rank; i++) own -= each[i].rank;
-    return each[i];
-  }
 };
 
 // The steps that a warp has on the way, in shared memory: of each, every lane has `octets`, which it alone writes and
@@ -110,7 +125,7 @@ class Ahead {
   template <bool wide>
   __device__ __forceinline__ void load(int i, const uint16_t* from, int64_t count) const {
     if constexpr (wide) {
-      copy_async_16(at_ + i * kWarp, from, count > 0);
+      copy_async<16>(at_ + i * kWarp, from, count > 0);
     } else {
       at_[i * kWarp] = load_octet<false>(from, count);
     }
@@ -153,7 +168,9 @@ __global__ void __launch_bounds__(kThreads, wide ? 2 : 1) project_kernel(const _
   const int part = blockIdx.x % p.split;
   const int64_t first_row = (int64_t)(blockIdx.x / p.split) * kProjectRows;
   const int64_t first_rank = (int64_t)blockIdx.y * 8 * tiles;
-  const int64_t steps = (p.columns + kStep - 1) / kStep;
+  const Projection& projection = p.all.each[blockIdx.z];
+  if (first_rank >= projection.rank) return;
+  const int64_t columns = projection.columns, steps = (columns + kStep - 1) / kStep;
   const int first = (int)(steps * part / p.split), end = (int)(steps * (part + 1) / p.split);
 
   // A lane reads rows 8i + g and ranks 8j + g, of half a step columns 8t to 8t + 7.
@@ -161,15 +178,13 @@ __global__ void __launch_bounds__(kThreads, wide ? 2 : 1) project_kernel(const _
   ProjectAhead<tiles> ahead;
   const uint16_t* from[kOctets];  // past the last row and rank, that is read again: what comes of it is not stored
 #pragma unroll
-  for (int i = 0; i < kRowOctets; i++) from[i] = p.x + min(first_row + 8 * i + g, p.rows - 1) * p.columns;
+  for (int i = 0; i < kRowOctets; i++) from[i] = projection.x + min(first_row + 8 * i + g, p.rows - 1) * columns;
 #pragma unroll
   for (int j = 0; j < tiles; j++) {
-    int64_t own;
-    const Projection& projection = p.find(min(first_rank + 8 * j + g, p.rank - 1), own);
-    from[kRowOctets + j] = projection.factor + own * p.columns;
+    from[kRowOctets + j] = projection.factor + min(first_rank + 8 * j + g, projection.rank - 1) * columns;
   }
   const auto load = [&](int step, int half) {
-    const int64_t column = (int64_t)step * kStep + 32 * half + 8 * t, count = step < end ? p.columns - column : 0;
+    const int64_t column = (int64_t)step * kStep + 32 * half + 8 * t, count = step < end ? columns - column : 0;
 #pragma unroll
     for (int i = 0; i < kOctets; i++) ahead.template load<wide>(i, from[i] + column, count);
     ahead.advance();
@@ -217,10 +232,8 @@ __global__ void __launch_bounds__(kThreads, wide ? 2 : 1) project_kernel(const _
     for (int v = 0; v < 4; v++) {
       const int64_t row = first_row + tile % kRowTiles * 16 + of_lane / 4 + v / 2 * 8;
       const int64_t r = first_rank + tile / kRowTiles * 8 + of_lane % 4 * 2 + v % 2;
-      if (row >= p.rows || r >= p.rank) continue;
-      int64_t own;
-      const Projection& projection = p.find(r, own);
-      projection.out[row * projection.rank + own] = BFloat16::narrow(sum.at[v] * p.scale);
+      if (row >= p.rows || r >= projection.rank) continue;
+      projection.out[row * projection.out_stride + r] = BFloat16::narrow(sum.at[v] * p.scale);
     }
   });
 }
@@ -230,22 +243,32 @@ constexpr int kOuterStep = 16;         // rows
 constexpr int kOuterBlocks = 256;      // wanted, to fill a GPU twice
 constexpr int kOuterSums = 8 * kWarp;  // of a warp and 16 ranks, in fours
 
+__host__ __device__ int64_t numel(const OuterProduct& product) { return product.rank * product.columns; }
+
+struct Outer {
+  Together<OuterProduct> all;
+  int64_t rows, part_rows;
+  int part_count;             // blocks over the rows
+  int rank_tiles;             // blocks over the ranks
+  float* parts[kMostAtOnce];  // of each result, one after the other, where there are more than one
+};
+
 // A block's warps share 64 columns, 16 * tiles ranks and a part of the rows; each takes every 8th step of 16 rows.
 // Blocks read pieces of the same rows at about the same time: with steps ahead, as project_kernel has them, they go
 // apart, and 4096 rows and columns take an H200 25 us instead of 19.
 template <int tiles, bool wide>
-__global__ void __launch_bounds__(kThreads)
-    outer_kernel(const uint16_t* narrow, const uint16_t* x, int64_t rows, int64_t rank, int64_t columns,
-                 int64_t part_rows, bool transposed, float* out) {
+__global__ void __launch_bounds__(kThreads) outer_kernel(const __grid_constant__ Outer o) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int64_t first_column = (int64_t)blockIdx.x * kOuterColumns, first_rank = (int64_t)blockIdx.z * 16 * tiles;
-  const int64_t end = min(rows, (blockIdx.y + 1) * part_rows);
+  const OuterProduct& product = o.all.each[blockIdx.z / o.rank_tiles];
+  const int64_t rank = product.rank, columns = product.columns, first_column = (int64_t)blockIdx.x * kOuterColumns;
+  const int64_t first_rank = (int64_t)(blockIdx.z % o.rank_tiles) * 16 * tiles;
+  let_next_kernel_begin();
+  if (first_column >= columns || first_rank >= rank) return;
+  const int64_t end = min(o.rows, (blockIdx.y + 1) * o.part_rows);
   const int64_t column = first_column + 8 * g;
-  out += blockIdx.y * rank * columns;
-  wait_for_kernel_before();
 
   float sums[tiles][8][4] = {};
-  for (int64_t first = blockIdx.y * part_rows + warp * kOuterStep; first < end; first += kWarps * kOuterStep) {
+  for (int64_t first = blockIdx.y * o.part_rows + warp * kOuterStep; first < end; first += kWarps * kOuterStep) {
     // A lane reads rows 4t to 4t + 3, which stand for the tensor cores' 2t, 2t + 1, 2t + 8 and 2t + 9 in both factors,
     // and of them columns 8g to 8g + 7, each of which stands for column g of another tile.
     const int64_t row = first + 4 * t;
@@ -254,13 +277,13 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const bool inside = row + i < end;
-      wides[i] = load_octet<wide>(x + (row + i) * columns + column, inside ? columns - column : 0);
+      wides[i] = load_octet<wide>(product.x + (row + i) * columns + column, inside ? columns - column : 0);
 #pragma unroll
       for (int j = 0; j < tiles; j++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           const int64_t r = first_rank + 16 * j + 8 * half + g;
-          narrows[j][i][half] = inside && r < rank ? narrow[(row + i) * rank + r] : 0;
+          narrows[j][i][half] = inside && r < rank ? product.narrow[(row + i) * product.narrow_stride + r] : 0;
         }
       }
     }
@@ -285,6 +308,8 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
+  float* const out =
+      o.part_count > 1 ? o.parts[blockIdx.z / o.rank_tiles] + blockIdx.y * numel(product) : product.out;
   auto* partial = (Sums*)shared_memory();  // of each warp
 #pragma unroll
   for (int j = 0; j < tiles; j++) {
@@ -305,20 +330,22 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int v = 0; v < 4; v++) {
         if (r >= rank || first + v >= columns) continue;
-        out[transposed ? (first + v) * rank + r : r * columns + first + v] = sum.at[v];
+        out[product.transposed ? (first + v) * rank + r : r * columns + first + v] = sum.at[v];
       }
     });
   }
 }
 
-__global__ void sum_kernel(const float* parts, int count, int64_t numel, float* out) {
+__global__ void sum_kernel(const __grid_constant__ Outer o) {
   wait_for_kernel_before();
+  const OuterProduct& product = o.all.each[blockIdx.y];
   const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= numel) return;
+  if (i >= numel(product)) return;
+  const float* const parts = o.parts[blockIdx.y];
   float sum = 0;
 #pragma unroll 8
-  for (int part = 0; part < count; part++) sum += parts[part * numel + i];
-  out[i] = sum;
+  for (int part = 0; part < o.part_count; part++) sum += parts[part * numel(product) + i];
+  product.out[i] = sum;
 }
 
 // f(tiles, wide) with constants: the fewest tiles that hold the rank, or the most.
@@ -333,10 +360,6 @@ int specialized(int64_t rank, bool wide, const F& f) {
 
 constexpr int kMostSplit = 8;           // blocks of a cluster, on any GPU that has clusters
 constexpr int64_t kProjectBlocks = 64;  // in clusters, at most: with 128 an H200 takes a fifth longer for 512 rows
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool is_wide(const uint16_t* memory, int64_t columns) { return (uintptr_t)memory % 16 == 0 && columns % 8 == 0; }
 
 }  // namespace
 
@@ -357,27 +380,22 @@ int skinny_round_cuda(const Factor* factors, int64_t count, void* stream) {
   return cudaSuccess;
 }
 
-int skinny_project_cuda(const uint16_t* x, const Projection* projections, int64_t count, int64_t rows, int64_t columns,
-                        float scale, void* stream) {
+int skinny_project_cuda(const Projection* projections, int64_t count, int64_t rows, float scale, void* stream) {
+  if (rows == 0) return cudaSuccess;
   for (int64_t begin = 0; begin < count; begin += kMostAtOnce) {
-    Project p = {{}, (int)std::min<int64_t>(count - begin, kMostAtOnce), x, rows, columns, 0, scale, 1};
-    bool wide = is_wide(x, columns);
-    for (int i = 0; i < p.count; i++) {
-      p.each[i] = projections[begin + i];
-      p.rank += p.each[i].rank;
-      wide &= is_wide(p.each[i].factor, columns);
-    }
-    if (rows == 0 || p.rank == 0) continue;
+    Project p = {{projections + begin, count - begin}, rows, scale, 1};
+    if (p.all.most_rank == 0) continue;
     // It depends on the numbers of rows and columns alone, and so does the order of sums.
-    const int64_t blocks = divide_up(rows, kProjectRows), steps = divide_up(columns, kStep);
+    const int64_t blocks = divide_up(rows, kProjectRows), steps = divide_up(p.all.most_columns, kStep);
     const Device device;
     while (device.is_hopper_or_later() && p.split < kMostSplit && 2 * p.split * blocks <= kProjectBlocks &&
            2 * p.split * kWarps <= steps) {
       p.split *= 2;
     }
-    const int launched = specialized<8>(p.rank, wide, [&](auto tiles, auto constant_wide) {
+    const int launched = specialized<8>(p.all.most_rank, p.all.wide, [&](auto tiles, auto constant_wide) {
       constexpr int kTiles = decltype(tiles)::value;
-      const dim3 grid((unsigned)(blocks * p.split), (unsigned)divide_up(p.rank, 8 * kTiles));
+      const dim3 grid((unsigned)(blocks * p.split), (unsigned)divide_up(p.all.most_rank, 8 * kTiles),
+                      (unsigned)p.all.count);
       const Launch how = {grid, kThreads, ProjectAhead<kTiles>::kBytes, stream, (unsigned)p.split};
       return launch<project_kernel<kTiles, decltype(constant_wide)::value>>(device, how, p);
     });
@@ -386,28 +404,45 @@ int skinny_project_cuda(const uint16_t* x, const Projection* projections, int64_
   return cudaSuccess;
 }
 
-int64_t skinny_outer_parts(int64_t rows, int64_t columns) {
-  const int64_t wanted = kOuterBlocks / std::max<int64_t>(1, divide_up(columns, kOuterColumns));
+int64_t skinny_outer_parts(const OuterProduct* products, int64_t count, int64_t rows) {
+  int64_t blocks = 0;
+  for (int64_t begin = 0; begin < count; begin += kMostAtOnce) {
+    const Together<OuterProduct> all(products + begin, count - begin);
+    blocks += all.count * divide_up(all.most_columns, kOuterColumns);
+  }
+  const int64_t wanted = kOuterBlocks / std::max<int64_t>(1, blocks);
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, rows / (kWarps * kOuterStep)));
 }
 
-int skinny_outer_cuda(const uint16_t* narrow, const uint16_t* x, int64_t rows, int64_t rank, int64_t columns,
-                      bool transposed, float* parts, float* out, void* stream) {
-  if (rank == 0 || columns == 0) return cudaSuccess;
-  const int64_t count = skinny_outer_parts(rows, columns);
-  const int64_t part_rows = divide_up(divide_up(rows, count), kOuterStep) * kOuterStep;
+int skinny_outer_cuda(const OuterProduct* products, int64_t count, int64_t rows, float* parts, void* stream) {
+  const int64_t part_count = skinny_outer_parts(products, count, rows);
+  const int64_t part_rows = divide_up(divide_up(rows, part_count), kOuterStep) * kOuterStep;
   const Device device;
-  const int launched = specialized<16>(rank, is_wide(x, columns), [&](auto tiles, auto constant_wide) {
-    constexpr int kTiles = decltype(tiles)::value;
-    const dim3 grid((unsigned)divide_up(columns, kOuterColumns), (unsigned)count,
-                    (unsigned)divide_up(rank, 16 * kTiles));
-    const Launch how = {grid, kThreads, kWarps * kOuterSums * sizeof(Sums), stream};
-    return launch<outer_kernel<kTiles, decltype(constant_wide)::value>>(
-        device, how, narrow, x, rows, rank, columns, part_rows, transposed, count > 1 ? parts : out);
-  });
-  if (launched != cudaSuccess || count == 1) return launched;
-  const Launch how = {dim3((unsigned)divide_up(rank * columns, kThreads)), kThreads, 0, stream, 1, true};
-  return launch<sum_kernel>(device, how, (const float*)parts, (int)count, rank * columns, out);
+  for (int64_t begin = 0; begin < count; begin += kMostAtOnce) {
+    Outer o = {{products + begin, count - begin}, rows, part_rows, (int)part_count, 1, {}};
+    if (o.all.most_rank == 0 || o.all.most_columns == 0) continue;
+    int64_t most = 0;  // elements of a result
+    for (int i = 0; i < o.all.count && part_count > 1; i++) {
+      const OuterProduct& product = o.all.each[i];
+      most = std::max(most, numel(product));
+      o.parts[i] = parts;
+      parts += part_count * numel(product);
+    }
+    int launched = specialized<16>(o.all.most_rank, o.all.wide, [&](auto tiles, auto constant_wide) {
+      constexpr int kTiles = decltype(tiles)::value;
+      o.rank_tiles = (int)divide_up(o.all.most_rank, 16 * kTiles);
+      const dim3 grid((unsigned)divide_up(o.all.most_columns, kOuterColumns), (unsigned)part_count,
+                      (unsigned)(o.all.count * o.rank_tiles));
+      const Launch how = {grid, kThreads, kWarps * kOuterSums * sizeof(Sums), stream};
+      return launch<outer_kernel<kTiles, decltype(constant_wide)::value>>(device, how, o);
+    });
+    if (launched == cudaSuccess && part_count > 1) {
+      const dim3 grid((unsigned)divide_up(most, kThreads), (unsigned)o.all.count);
+      launched = launch<sum_kernel>(device, {grid, kThreads, 0, stream, 1, true}, o);
+    }
+    if (launched != cudaSuccess) return launched;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace entrenar

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from entrenar.autograd.ops.head_cross_entropy import head_cross_entropy
+from entrenar.fusion.attention import FusedAttention
 from entrenar.training.batches import IGNORED
 from entrenar.training.packing import packed_inputs
 
@@ -43,8 +44,10 @@ def causal_lm_loss(
     if input_ids.dim() != 2 or (labels is not None and labels.shape != input_ids.shape):
         shapes = [[*ids.shape] for ids in (input_ids, labels) if ids is not None]
         raise ValueError(f"input_ids and labels must both be [batch, tokens], not {' and '.join(map(str, shapes))}")
-    inputs = {"input_ids": input_ids}
-    if offsets is not None:
+    inputs: dict[str, Any] = {"input_ids": input_ids}
+    if offsets is None and any(isinstance(module, FusedAttention) for module in model.modules()):
+        inputs["is_causal"] = True  # in a CUDA graph transformers would make a mask that says so
+    elif offsets is not None:
         inputs |= packed_inputs(input_ids, offsets)
         labels = (input_ids if labels is None else labels).masked_fill(inputs["position_ids"] == 0, IGNORED)
     rows, targets = _predicting(input_ids) if labels is None else _labelled(labels)
@@ -99,7 +102,7 @@ def _head_of(model: nn.Module) -> nn.Module:
     return head
 
 
-def _hidden_states(model: nn.Module, head: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _hidden_states(model: nn.Module, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Run the model for its head's input [B, T, K]; and the logits that a probe sent and that the model returned.
 
     The head runs on one row, and the probe takes the place of its result: logits over a range beyond those of any
@@ -123,7 +126,7 @@ def _hidden_states(model: nn.Module, head: nn.Module, inputs: dict[str, Tensor])
 def _logits(
     model: nn.Module,
     head: nn.Module,
-    inputs: dict[str, Tensor],
+    inputs: dict[str, Any],
     rows_of: Callable[[Tensor], Tensor],
     replace: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from entrenar.autograd.ops import attention, scaled_dot_product_attention
-from entrenar.autograd.ops._attention_kernel import has_kernel
+from entrenar.autograd.ops._attention_kernel import has_kernel, takes_mask
 
 # Its package has the function under the same name.
 module = importlib.import_module("entrenar.autograd.ops.attention")
@@ -51,15 +51,24 @@ def without_dropout(dtype):
 
 def check_sample(sample, factor):
     """Against float64; where the kernel rounds inside of sums, which it does for bfloat16, by those roundings."""
-    (key, value), settings = sample.args[:2], sample.kwargs
-    masked = len(sample.args) > 2 or settings.get("attn_mask") is not None
-    gqa = settings.get("enable_gqa", False)
-    causal = settings.get("is_causal", False)
-    if sample.input.dtype is not torch.bfloat16 or masked or not has_kernel(sample.input, key, value, gqa, causal):
+    (key, value, *rest), settings = sample.args, dict(sample.kwargs)
+    mask = rest[0] if rest else settings.pop("attn_mask", None)
+    gqa, causal = settings.get("enable_gqa", False), settings.get("is_causal", False)
+    by_kernel = has_kernel(sample.input, key, value, gqa, causal) and (mask is None or takes_mask(sample.input, mask))
+    if sample.input.dtype is not torch.bfloat16 or not by_kernel:
         return check_against_float64(attention, torch_attention, sample, factor)
     scale = settings.get("scale") or 1 / math.sqrt(sample.input.shape[-1])
-    seen = tokens_seen(sample.input.shape[-2], key.shape[-2], causal)
-    return check_rounding(lambda *args: attention(*args, **settings), sample.input, key, value, seen, scale)
+    seen, bias = seen_and_bias(sample.input, key, mask, causal)
+    return check_rounding(lambda *args: attention(*args, mask, **settings), sample.input, key, value, seen, scale, bias)
+
+
+def seen_and_bias(query, key, mask, causal=False):
+    if mask is None:
+        return tokens_seen(query.shape[-2], key.shape[-2], causal), 0.0
+    mask = mask.expand(*query.shape[:-1], key.shape[-2])
+    if mask.dtype is torch.bool:
+        return mask, 0.0
+    return mask != -math.inf, mask.double().clamp(min=torch.finfo(mask.dtype).min)
 
 
 @pytest.fixture
@@ -265,8 +274,11 @@ NO_KERNEL_ON_CPU = pytest.mark.cpu("CUDA has a kernel for float16")
 @pytest.mark.parametrize(
     "kind",
     [
-        *(pytest.param(kind, marks=NO_KERNEL_ON_CPU) for kind in ("plain", "causal", "grouped")),
-        *("keys masked", "all masked", "additive", "dropout"),
+        *(
+            pytest.param(kind, marks=NO_KERNEL_ON_CPU)
+            for kind in ("plain", "causal", "grouped", "keys masked", "all masked")
+        ),
+        *("additive", "dropout"),
     ],
 )
 def test_no_square_matrix_is_kept_or_made(kind):
@@ -357,6 +369,31 @@ def test_kernel_at_any_size(sizes, causal, contiguous, dtype):
         args = [x.contiguous() for x in args]
     seen = tokens_seen(*rest[:2], causal)
     check_rounding(lambda *args: attention(*args, is_causal=causal, enable_gqa=True, scale=0.2), *args, seen, 0.2)
+
+
+@given(
+    st.tuples(*(st.integers(1, n) for n in (2, 2, 3, 150, 150, 70, 70))),
+    st.sampled_from(["boolean", "additive", "keys", "mostly blind"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=60, deadline=None)
+def test_masks_at_any_size(sizes, kind, dtype):
+    batch, groups, shared, *rest = sizes
+    torch.manual_seed(sum(sizes))
+    args = kernel_arguments(batch, groups * shared, groups, *rest, dtype)
+    queries, keys = rest[:2]
+    mask = {
+        "boolean": lambda: torch.rand(batch, 1, queries, keys) < 0.5,
+        "additive": lambda: (
+            torch.randn(groups * shared, queries, keys)
+            .to(dtype)
+            .masked_fill(torch.rand(queries, keys) < 0.3, -math.inf)
+        ),
+        "keys": lambda: torch.rand(batch, 1, 1, keys) < 0.5,
+        "mostly blind": lambda: (torch.rand(queries, 1) < 0.1).expand(queries, keys),
+    }[kind]()
+    seen, bias = seen_and_bias(*args[:2], mask)
+    check_rounding(lambda *args: attention(*args, mask, enable_gqa=True, scale=0.2), *args, seen, 0.2, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -1,4 +1,4 @@
-"""The attention ops on CUDA: torch's flash attention for 16 bits, its memory-efficient attention for float32.
+"""Attention on CUDA: torch's flash attention for 16 bits, its memory-efficient attention for float32 and for masks.
 
 Both want the heads of a token side by side, columns in whole vectors of 16 bytes, and as many of them in query, key and
 value: columns of zeros, which change no score, fill up what lacks. The backward of either adds up with atomics, in any
@@ -22,6 +22,8 @@ COLUMNS = 8
 VECTOR_BYTES = 16
 LSE_ROWS = 32
 """The memory-efficient backward reads the logarithms in units of so many queries."""
+BIAS_COLUMNS = 16
+"""Rows of a mask begin at a multiple of so many elements."""
 FROM_TOP_LEFT = 1
 """The memory-efficient attention's number for a mask that lets query i see the keys 0 to i."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -88,6 +90,55 @@ def attention_backward(
     return _heads(dq, columns), _heads(dk, columns), _heads(dv, v.shape[-1])
 
 
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`torch.ops.entrenar.masked_attention`."""
+    _check(q, k, v, None, False)
+    if _nothing(q, k):
+        return _zeros(q, v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
+    bias, blind = _bias(mask, q, k)
+    if scale <= 0:
+        q, scale, _ = _scaled_up(q, scale)
+    width = _width(q, v)
+    q, k, value = (_rows(x, width) for x in (q, k, v))
+    o, lse = _efficient_forward(q, k, value, scale, False, bias)
+    return _heads(o, v.shape[-1]).masked_fill_(blind, 0), lse
+
+
+def masked_attention_backward(
+    d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.ops.entrenar.masked_attention_backward`."""
+    _check(q, k, v, None, False)
+    _check_results(d_o, q, v, o, lse)
+    if _nothing(q, k):
+        return _zeros(q, q.shape[-1]), _zeros(k, k.shape[-1]), _zeros(v, v.shape[-1])
+    factor = 1.0
+    bias, blind = _bias(mask, q, k)
+    if scale <= 0:
+        q, scale, factor = _scaled_up(q, scale)
+    width, columns = _width(q, v), q.shape[-1]
+    d_o, q, k, value, o = (_rows(x, width) for x in (d_o.masked_fill(blind, 0), q, k, v, o))
+    dq, dk, dv = _efficient_backward(d_o, q, k, value, o.contiguous(), lse, scale, False, bias)
+    dq = dq if factor == 1 else dq.mul_(factor)
+    return _heads(dq, columns), _heads(dk, columns), _heads(dv, v.shape[-1])
+
+
+def _bias(mask: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """What is added to the scores, [B, H, T, S] in rows as the kernel wants them; and the queries that see no key.
+
+    Those have no softmax: here they see all keys, and what comes of it is to be cleared.
+    """
+    seen = mask if mask.dtype is torch.bool else mask != -math.inf
+    blind = ~seen.any(-1, keepdim=True)
+    keys = k.shape[2]
+    bias = q.new_zeros(*mask.shape[:-1], math.ceil(keys / BIAS_COLUMNS) * BIAS_COLUMNS)[..., :keys]
+    if mask.dtype is torch.bool:
+        bias.masked_fill_(~(mask | blind), -math.inf)
+    else:
+        bias.copy_(mask.masked_fill(blind, 0))
+    return bias.expand(*q.shape[:-1], keys), blind
+
+
 def _flash_forward(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -125,17 +176,27 @@ def _flash_backward(
     return dq.unsqueeze(0), dk.unsqueeze(0), dv.unsqueeze(0)
 
 
-def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _efficient_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     k, v = (_repeat(x, q.shape[2]) for x in (k, v))
     mask = FROM_TOP_LEFT if causal else 0
     o, lse, *_ = torch.ops.aten._efficient_attention_forward(
-        q, k, v, None, None, None, None, None, 0.0, mask, True, scale=scale
+        q, k, v, bias, None, None, None, None, 0.0, mask, True, scale=scale
     )
     return o, lse[..., : q.shape[1]].contiguous()
 
 
 def _efficient_backward(
-    d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups = k.shape[2]
     k, v = (_repeat(x, q.shape[2]) for x in (k, v))
@@ -144,7 +205,7 @@ def _efficient_backward(
     none = torch.zeros((), dtype=torch.int64, device=q.device)  # of the random state, without dropout
     mask, lengths = FROM_TOP_LEFT if causal else 0, (q.shape[1], k.shape[1])
     dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
-        d_o, q, k, v, None, o, None, None, *lengths, lse, 0.0, none, none, mask, False, scale=scale
+        d_o, q, k, v, bias, o, None, None, *lengths, lse, 0.0, none, none, mask, False, scale=scale
     )
     if groups != q.shape[2]:
         dk, dv = (d.unflatten(2, (groups, -1)).sum(3) for d in (dk, dv))
@@ -257,3 +318,5 @@ def _sequences(offsets: Tensor, tensors: tuple[Tensor, ...]) -> Iterator[list[Te
 
 library.impl("attention", attention, "CUDA")
 library.impl("attention_backward", attention_backward, "CUDA")
+library.impl("masked_attention", masked_attention, "CUDA")
+library.impl("masked_attention_backward", masked_attention_backward, "CUDA")

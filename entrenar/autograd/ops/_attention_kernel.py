@@ -35,11 +35,31 @@ def has_kernel(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, is_c
     )
 
 
+def takes_mask(query: Tensor, mask: Tensor) -> bool:
+    """Whether kernels compute an attention that they take without its mask: CUDA's, for masks that have no gradient."""
+    return (
+        query.device.type == mask.device.type == "cuda"
+        and mask.dtype in (torch.bool, query.dtype)
+        and not mask.requires_grad
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor | None, scale: float, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor | None,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and of each query the logarithm of its sum of exponentials, in float32 [B, H, T]."""
-    o, lse = torch.ops.entrenar.attention(_heads(query), _heads(key), _heads(value), offsets, scale, causal)
+    q, k, v = (_heads(x) for x in (query, key, value))
+    if mask is None:
+        o, lse = torch.ops.entrenar.attention(q, k, v, offsets, scale, causal)
+    else:
+        o, lse = torch.ops.entrenar.masked_attention(q, k, v, _of_heads(mask, query), scale)
     return o.view(*query.shape[:-1], value.shape[-1]), lse
 
 
@@ -53,10 +73,15 @@ def attention_backward(
     offsets: Tensor | None,
     scale: float,
     causal: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The gradients of query, key and value."""
-    heads = [_heads(x) for x in (d_output, query, key, value, output)]
-    gradients = torch.ops.entrenar.attention_backward(*heads, lse, offsets, scale, causal)
+    d_o, q, k, v, o = (_heads(x) for x in (d_output, query, key, value, output))
+    if mask is None:
+        gradients = torch.ops.entrenar.attention_backward(d_o, q, k, v, o, lse, offsets, scale, causal)
+    else:
+        heads = _of_heads(mask, query)
+        gradients = torch.ops.entrenar.masked_attention_backward(d_o, q, k, v, o, lse, heads, scale)
     return tuple(d.view(x.shape) for d, x in zip(gradients, (query, key, value), strict=True))
 
 
@@ -66,6 +91,15 @@ def _heads(x: Tensor) -> Tensor:
         x = x.unsqueeze(0)
     x = x.flatten(0, -4)
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _of_heads(mask: Tensor, query: Tensor) -> Tensor:
+    """A mask that broadcasts to [..., H, T, S] as one that broadcasts to [B, H, T, S]."""
+    if query.dim() > 4:
+        mask = mask.expand(*query.shape[:-1], mask.shape[-1]).flatten(0, -4)
+    while mask.dim() < 4:
+        mask = mask.unsqueeze(0)
+    return mask
 
 
 def _new_heads(x: Tensor, columns: int) -> Tensor:
@@ -101,6 +135,17 @@ define(
     "attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? offsets, float scale, "
     "bool causal) -> (Tensor dq, Tensor dk, Tensor dv)",
     _attention_backward_fake,
+)
+
+# By a mask that broadcasts to [B, H, T, S], boolean or of q's dtype and added to the scores; on CUDA alone.
+define(
+    "masked_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> (Tensor o, Tensor lse)",
+    lambda q, k, v, mask, scale: _attention_fake(q, k, v, None, scale, False),
+)
+define(
+    "masked_attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor mask, "
+    "float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+    lambda d_o, q, k, v, o, lse, mask, scale: _attention_backward_fake(d_o, q, k, v, o, lse, None, scale, False),
 )
 
 

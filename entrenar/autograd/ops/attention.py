@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import entrenar.autograd.ops._attention_cuda  # noqa: F401 (registers CUDA's kernels)
-from entrenar.autograd.ops._attention_kernel import attention_backward, attention_forward, has_kernel
+from entrenar.autograd.ops._attention_kernel import attention_backward, attention_forward, has_kernel, takes_mask
 from entrenar.autograd.ops._autocast import autocast
 from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex, widen
@@ -60,10 +60,11 @@ def scaled_dot_product_attention(
     Query, key, value and mask are kept, and one block of scores exists at a time: memory is linear in T and in S. A
     second derivative works, but keeps all blocks of the backward, whose memory is quadratic.
 
-    There are kernels, without a mask (but is_causal) and dropout, for up to 256 columns, where nothing is broadcast;
-    for their backward the output and a number for each query are kept too. On the CPU they take float32 and bfloat16.
-    On CUDA (from compute capability 8.0) they are torch's own, for float32, bfloat16 and float16, the last two with
-    is_causal only if T <= S; their gradients are the same in every run only under torch.use_deterministic_algorithms.
+    There are kernels, without dropout, for up to 256 columns, where nothing is broadcast; for their backward the output
+    and a number for each query are kept too. On the CPU they take float32 and bfloat16, and no mask but is_causal. On
+    CUDA (from compute capability 8.0) they are torch's own, for float32, bfloat16 and float16, the last two with
+    is_causal only if T <= S, and for masks that are boolean or of query's dtype and have no gradient; their gradients
+    are the same in every run only under torch.use_deterministic_algorithms.
 
     Raises RuntimeError where shapes, dtypes or devices do not match, TypeError for values that are not floating point.
     """
@@ -149,8 +150,9 @@ class AttentionFunction(Function):
         is_causal: bool,
         enable_gqa: bool,
     ) -> tuple[Tensor, Tensor]:
-        if attn_mask is None and seed is None and has_kernel(query, key, value, enable_gqa, is_causal):
-            return attention_forward(query, key, value, None, scale, is_causal)
+        takes = attn_mask is None or takes_mask(query, attn_mask)
+        if takes and seed is None and has_kernel(query, key, value, enable_gqa, is_causal):
+            return attention_forward(query, key, value, None, scale, is_causal, attn_mask)
         outputs = []
         with torch.autocast(query.device.type, enabled=False):
             heads = _Heads(query, key, value, attn_mask, scale, is_causal, enable_gqa)
@@ -179,7 +181,7 @@ class AttentionFunction(Function):
         if ctx.by_kernel and not torch.is_grad_enabled():  # a kernel's gradients could not be differentiated again
             output, lse = kept
             gradients = attention_backward(
-                d_output, query, key, value, output, lse, None, settings.scale, settings.is_causal
+                d_output, query, key, value, output, lse, None, settings.scale, settings.is_causal, attn_mask
             )
             gradients = (*gradients, None)
         else:
