@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) cross_entropy_kernel(CrossE
 template <Dtype dtype, int n>
 int launch_rows(const CrossEntropy& p, void* stream) {
   using Kept = Pack<typename Float<dtype>::Bits, n>;
-  const Device device;
+  const Device& device = current_device();
   int64_t packs = 0;
   if (p.gradient) packs = std::min((device.shared_bytes - (int64_t)kSumBytes) / (int64_t)sizeof(Kept), p.classes / n);
   const int64_t threads = std::min<int64_t>(kThreads, (p.classes / n + kWarp) / kWarp * kWarp);

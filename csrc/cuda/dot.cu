@@ -380,7 +380,7 @@ int int4_dot_cuda(const Weight& w, Dtype dtype, const void* x, int64_t rows, con
   const int chunk_blocks = kChunk / w.block;
   d.scales_aligned = int4::blocks(w.columns, w.block) % chunk_blocks == 0 &&
                      (uintptr_t)w.scales % (chunk_blocks * (w.float32_scales ? 4 : 2)) == 0;
-  const Device device;
+  const Device& device = current_device();
   const auto with_tiles = [&](auto tiles) {
     constexpr int kTiles = decltype(tiles)::value;
     const auto with_scale = [&](auto scale) {

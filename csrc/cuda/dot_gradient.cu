@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kRound, 1) dot_gradient_kernel(const __grid_co
 
 template <int kParts>
 int plan_and_launch(DotGradient d, void* stream) {
-  const Device device;
+  const Device& device = current_device();
   const int64_t steps = (d.w.rows + kStep - 1) / kStep;
   while (device.is_hopper_or_later() && d.log_split < kLogSplit && 2 << d.log_split <= steps) d.log_split++;
   const int split = 1 << d.log_split;

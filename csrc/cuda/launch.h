@@ -8,22 +8,29 @@
 
 namespace entrenar {
 
-// The current device.
 struct Device {
-  int index = 0, major = 0, minor = 0, processors = 0;
+  int index = -1, major = 0, minor = 0, processors = 0;
   int shared_bytes = 0;  // that a block may ask for
-
-  Device() {
-    if (cudaGetDevice(&index) != cudaSuccess) return;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index);
-    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  }
 
   // Blocks form clusters, and kernels may be launched before the one before has ended.
   bool is_hopper_or_later() const { return major >= 9; }
 };
+
+// The current device. To ask for all that takes a microsecond, so each thread asks once.
+inline const Device& current_device() {
+  thread_local Device known[64];
+  int index = 0;
+  cudaGetDevice(&index);
+  Device& device = known[index];
+  if (device.index < 0) {
+    device.index = index;
+    cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index);
+    cudaDeviceGetAttribute(&device.minor, cudaDevAttrComputeCapabilityMinor, index);
+    cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index);
+    cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  }
+  return device;
+}
 
 struct Launch {
   dim3 grid;

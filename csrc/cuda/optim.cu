@@ -493,7 +493,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 template <Rule rule, Dtype dtype>
 int launch_codes(const Batch<OptimTensor>& batch, const OptimCall& call, const OptimStep* steps, int64_t tiles,
                  void* stream) {
-  const Device device;
+  const Device& device = current_device();
   const unsigned blocks = (unsigned)std::min<int64_t>(tiles, device.processors * kResident);
   const Launch how = {dim3(blocks), kThreads, sizeof(CodesMemory<rule, dtype>), stream, 1, true};
   return launch<codes_kernel<rule, dtype>>(device, how, batch, call, steps);

@@ -578,7 +578,7 @@ bool product_sm90_takes(const ProductSm90& product) {
     if (!aligned(w.codes, 16) || !aligned(w.scales, 4)) return false;
     if (!aligned(source.low, 16) || !aligned(source.factor, 4)) return false;
   }
-  const Device device;
+  const Device& device = current_device();
   if (device.major != 9 || device.minor != 0) return false;
   static const bool ready = all_compiled<64, 128, 256>();
   return ready;
@@ -587,7 +587,7 @@ bool product_sm90_takes(const ProductSm90& product) {
 int product_sm90(const ProductSm90& product, void* stream) {
   using namespace sm90;
   if (product.tokens == 0) return cudaSuccess;
-  const Device device;
+  const Device& device = current_device();
   const Extent extent = extent_of(product, product.count);
   const Plan plan = choose(product.gradient, extent.feature_tiles, product.tokens, extent.steps, device.processors);
   for (const Work& work : {plan.whole, plan.shared}) {

@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, wide ? 2 : 1) project_kernel(const _
   const int part = blockIdx.x % p.split;
   const int64_t first_row = (int64_t)(blockIdx.x / p.split) * kProjectRows;
   const int64_t first_rank = (int64_t)blockIdx.y * 8 * tiles;
-  const Projection& projection = p.all.each[blockIdx.z];
+  const Projection projection = p.all.each[blockIdx.z];
   if (first_rank >= projection.rank) return;
   const int64_t columns = projection.columns, steps = (columns + kStep - 1) / kStep;
   const int first = (int)(steps * part / p.split), end = (int)(steps * (part + 1) / p.split);
@@ -259,7 +259,7 @@ struct Outer {
 template <int tiles, bool wide>
 __global__ void __launch_bounds__(kThreads) outer_kernel(const __grid_constant__ Outer o) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const OuterProduct& product = o.all.each[blockIdx.z / o.rank_tiles];
+  const OuterProduct product = o.all.each[blockIdx.z / o.rank_tiles];
   const int64_t rank = product.rank, columns = product.columns, first_column = (int64_t)blockIdx.x * kOuterColumns;
   const int64_t first_rank = (int64_t)(blockIdx.z % o.rank_tiles) * 16 * tiles;
   let_next_kernel_begin();
@@ -374,7 +374,7 @@ int skinny_round_cuda(const Factor* factors, int64_t count, void* stream) {
     }
     if (most == 0) continue;
     const dim3 grid((unsigned)divide_up(most, kThreads), (unsigned)of_launch);
-    const int launched = launch<round_kernel>(Device(), {grid, kThreads, 0, stream}, some);
+    const int launched = launch<round_kernel>(current_device(), {grid, kThreads, 0, stream}, some);
     if (launched != cudaSuccess) return launched;
   }
   return cudaSuccess;
@@ -387,7 +387,7 @@ int skinny_project_cuda(const Projection* projections, int64_t count, int64_t ro
     if (p.all.most_rank == 0) continue;
     // It depends on the numbers of rows and columns alone, and so does the order of sums.
     const int64_t blocks = divide_up(rows, kProjectRows), steps = divide_up(p.all.most_columns, kStep);
-    const Device device;
+    const Device& device = current_device();
     while (device.is_hopper_or_later() && p.split < kMostSplit && 2 * p.split * blocks <= kProjectBlocks &&
            2 * p.split * kWarps <= steps) {
       p.split *= 2;
@@ -417,7 +417,7 @@ int64_t skinny_outer_parts(const OuterProduct* products, int64_t count, int64_t 
 int skinny_outer_cuda(const OuterProduct* products, int64_t count, int64_t rows, float* parts, void* stream) {
   const int64_t part_count = skinny_outer_parts(products, count, rows);
   const int64_t part_rows = divide_up(divide_up(rows, part_count), kOuterStep) * kOuterStep;
-  const Device device;
+  const Device& device = current_device();
   for (int64_t begin = 0; begin < count; begin += kMostAtOnce) {
     Outer o = {{products + begin, count - begin}, rows, part_rows, (int)part_count, 1, {}};
     if (o.all.most_rank == 0 || o.all.most_columns == 0) continue;

@@ -10,7 +10,9 @@ from models import make
 from torch import nn
 from transformers import DataCollatorWithFlattening, StaticCache
 
+import entrenar.fusion.attention as fused_attention
 from entrenar import Tape, fuse, wrap
+from entrenar.autograd.ops import attention
 from entrenar.fusion import FusedAttention, FusedMLP, FusedRMSNorm
 from entrenar.fusion.fuse import FusionReport
 from entrenar.lora import LoRALayer
@@ -77,6 +79,25 @@ def test_sliding_window_reaches_the_attention():
     fused, plain, report = twins("mistral", sliding_window=4)
     assert report.kept == {}
     assert_same_training(fused, plain)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "looked_at"), [("llama", {}, False), ("mistral", {"sliding_window": 4}, True)]
+)
+def test_a_mask_is_looked_at_where_it_says_more_than_causal(family, settings, looked_at, monkeypatch):
+    fused, plain, _ = twins(family, **settings)
+    masks = []
+
+    def attend(q, k, v, mask, *args, **kwargs):
+        masks.append(mask)
+        return attention(q, k, v, mask, *args, **kwargs)
+
+    monkeypatch.setattr(fused_attention, "attention", attend)
+    mask = torch.ones(18, 18, dtype=torch.bool).tril().triu(-settings.get("sliding_window", 18) + 1).view(1, 1, 18, 18)
+    found = fused(ids(), attention_mask=mask, is_causal=True, use_cache=False).logits
+    torch.testing.assert_close(found, plain(ids(), use_cache=False).logits, rtol=1e-4, atol=1e-5)
+    assert [mask is not None for mask in masks] == [looked_at] * len(masks)
+    assert masks
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])

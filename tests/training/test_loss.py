@@ -7,8 +7,10 @@ import pytest
 import torch
 from tiny import add_adapters, make_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, masking_utils
 
+import entrenar.fusion.attention as fused_attention
+from entrenar.fusion import FusedAttention
 from entrenar.lora.layers import Int4Linear, LoRALayer, QLoRALayer
 from entrenar.training.batches import IGNORED
 from entrenar.training.loss import causal_lm_loss
@@ -53,6 +55,32 @@ def test_loss_and_gradients_are_those_of_transformers(make: object) -> None:
     torch.testing.assert_close(loss, expected)
     for gradient, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(gradient, other)
+
+
+def test_fused_attention_needs_no_mask_where_transformers_makes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = add_adapters(make_model(), bits=4)
+    input_ids, labels = batch()
+    expected = causal_lm_loss(model, input_ids, labels)
+    # As while a CUDA graph is captured, when it cannot look at the positions.
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)
+    given = []
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: given.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        for module in model.modules()
+        if isinstance(module, FusedAttention)
+    ]
+    attend = fused_attention.attention
+
+    def attend_without_mask(q: Any, k: Any, v: Any, mask: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert mask is None
+        return attend(q, k, v, mask, *args, **kwargs)
+
+    monkeypatch.setattr(fused_attention, "attention", attend_without_mask)
+    assert torch.equal(causal_lm_loss(model, input_ids, labels), expected)
+    assert len(given) == len(hooks) > 0
+    assert all(mask is not None for mask in given)
 
 
 def test_without_labels_every_token_is_one() -> None:
