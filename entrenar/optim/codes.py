@@ -80,46 +80,55 @@ def _blocks(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Region:
-    """Magnitudes from `edge` on, in which `slope * magnitude + offset`, truncated, is the code or the one before."""
+    """Magnitudes from `edge` on: rounded down, `min(slope * magnitude + offset, limit)` is the code.
+
+    The limit is for magnitudes just above a decade, which are nearest to its last value.
+    """
 
     edge: float
     slope: float
     offset: float
+    limit: float
 
 
 def _regions(signed: bool) -> list[_Region]:
     bounds = code_bounds(signed).double()
-    regions = [_Region(0.0, 0.0, 0.0)]
+    regions = [_Region(0.0, 0.0, 0.5, 0.5)]
     code = 1  # of the decade's first cell
     for decade in range(7):
         cells, low, high = 2 ** (decade + (not signed)), 10.0 ** (decade - 7), 10.0 ** (decade - 6)
-        # A little too flat: of `cells` steps one is missing, so that the guess falls short by less than one cell, and
-        # by no more in the strip above `high` that still rounds down to this decade.
-        slope = (cells - 1) / (high - low)
-        regions.append(_Region(float(bounds[code - 1]), slope, code - slope * low))
+        slope = cells / (high - low)
+        regions.append(_Region(float(bounds[code - 1]), slope, code - slope * low, code + cells - 0.5))
         code += cells
-    return [*regions, _Region(float(bounds[-1]), 0.0, float(len(bounds) - 1))]
+    return [*regions, _Region(float(bounds[-1]), 0.0, code + 0.5, code + 0.5)]
 
 
 @cache
 def codebook(signed: bool, device: torch.device) -> Tensor:
     """What the kernels need of the map, laid out as `Codebook` in csrc/codes8bit.h."""
-    regions, infinity = _regions(signed), torch.tensor([torch.inf], device="cpu")
-    bounds = torch.cat([code_bounds(signed), infinity.expand(256)])[:256]
-    edges, first = torch.full((32,), torch.inf, device="cpu"), torch.zeros(32, dtype=torch.int32, device="cpu")
-    for exponent in range(-31, 1):
-        low, high = 2.0**exponent, 2.0 ** (exponent + 1)
-        inside = [region.edge for region in regions if low < region.edge < high]
-        if len(inside) > 1:
-            raise AssertionError("an exponent must meet at most two regions")
-        slot = (127 + exponent) % 32
-        first[slot] = sum(region.edge <= low for region in regions) - 1
-        edges[slot] = inside[0] if inside else torch.inf
-    slopes, offsets = torch.zeros(2, 16, device="cpu")
-    for i, region in enumerate(regions):
-        slopes[i], offsets[i] = region.slope, region.offset
-    words = [first.view(torch.float32), slopes, offsets, _buckets(signed).view(torch.float32)]
-    return torch.cat([dynamic_map(signed), bounds, edges, *words]).to(device)
+    edges = torch.tensor([region.edge for region in _regions(signed)], device="cpu")
+    powers = 2.0 ** torch.arange(-31, 2, device="cpu")
+    regions = torch.bucketize(powers, edges, right=True) - 1
+    if regions.diff().max() > 1:
+        raise AssertionError("an exponent must meet at most two regions")
+    # A magnitude's bits, less those of the second region's edge, or of the end, and so many regions more.
+    ends = torch.where(regions.diff() > 0, edges[regions[1:]], powers[1:])
+    to_region = (regions[:-1] + 1 << 23) - ends.view(torch.int32)
+    words = [to_region.int().view(torch.float32), _lines(signed).flatten(), _buckets(signed).view(torch.float32)]
+    return torch.cat([dynamic_map(signed), *words]).to(device)
+
+
+def _lines(signed: bool) -> Tensor:
+    """The regions' slopes, offsets and limits, such that the third byte of the result is the code, or one more.
+
+    Up to 256 this byte of a float32 counts with the number from 128 on, and from there on with its half.
+    """
+    lines = torch.zeros(3, 16, device="cpu")
+    for i, region in enumerate(_regions(signed)):
+        offset, limit = region.offset + (not signed), region.limit + (not signed)
+        line = (region.slope, 128 + offset, 128 + limit) if limit < 128 else (2 * region.slope, 2 * offset, 2 * limit)
+        lines[:, i] = torch.tensor(line, device="cpu")
+    return lines
 
 
 def _buckets(signed: bool) -> Tensor:

@@ -7,16 +7,21 @@
 
 namespace {
 
-// Bytes of 4 vectors in the order of memory to and from the order that the functions below work in: the bytes of the
-// first 4 elements of each vector, then of the next 4 of each, and so on.
+// Bytes of 4 vectors in the order that a lookup works in: the bytes of the first 4 elements of each vector, then of the
+// next 4 of each, and so on.
 inline __m512i interleaved(__m512i bytes) {
   return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
 }
 
-// Interleaved: the integers of 4 vectors, of which those below 0 become 0.
-inline __m512i interleaved_bytes(const vint* values) {
-  const __m512i low = _mm512_packus_epi32((__m512i)values[0], (__m512i)values[1]);
-  return _mm512_packus_epi16(low, _mm512_packus_epi32((__m512i)values[2], (__m512i)values[3]));
+// The bytes at one place of the 32-bit words of 4 vectors, in their order.
+template <int place>
+inline __m512i bytes(const vint* words) {
+  typedef uint8_t Bytes __attribute__((vector_size(64)));
+  Bytes index;
+  for (int i = 0; i < 64; i++) index[i] = i * 4 + place;
+  const __m512i first = _mm512_permutex2var_epi8((__m512i)words[0], (__m512i)index, (__m512i)words[1]);
+  const __m512i second = _mm512_permutex2var_epi8((__m512i)words[2], (__m512i)index, (__m512i)words[3]);
+  return _mm512_inserti64x4(first, _mm512_castsi512_si256(second), 1);
 }
 
 class ByteTable {
@@ -31,19 +36,16 @@ class ByteTable {
     }
   }
 
-  // The elements at 64 interleaved indices, which count modulo `size`.
-  template <int size>
+  // The elements at 64 interleaved indices.
   void lookup(__m512i index, vfloat* elements) const {
     const __mmask64 upper = _mm512_movepi8_mask(index);
     __m512i found[4];
 #pragma GCC unroll 4
     for (int place = 0; place < 4; place++) {
       const __m512i* const table = places_[place];
-      found[place] = _mm512_permutex2var_epi8(table[0], index, table[1]);
-      if constexpr (size == kSize) {
-        const __m512i high = _mm512_permutex2var_epi8(table[2], index, table[3]);
-        found[place] = _mm512_mask_blend_epi8(upper, found[place], high);
-      }
+      const __m512i low = _mm512_permutex2var_epi8(table[0], index, table[1]);
+      const __m512i high = _mm512_permutex2var_epi8(table[2], index, table[3]);
+      found[place] = _mm512_mask_blend_epi8(upper, low, high);
     }
     const __m512i a = _mm512_unpacklo_epi8(found[0], found[1]), b = _mm512_unpacklo_epi8(found[2], found[3]);
     const __m512i c = _mm512_unpackhi_epi8(found[0], found[1]), d = _mm512_unpackhi_epi8(found[2], found[3]);

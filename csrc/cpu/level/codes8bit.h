@@ -11,6 +11,21 @@ namespace {
 
 inline vfloat magnitude(vfloat value) { return (vfloat)(bits_of(value) & 0x7fffffff); }
 
+// The codes of finite values between -1 and 1, or hardly beyond: the nearest value's, of two equally near the smaller's.
+template <bool with_sign>
+inline vbyte codes_by_buckets(const Codebook& book, vfloat value) {
+  const vfloat size = larger(magnitude(value), broadcast(kLeastMagnitude));
+  const vint bits = (vint)size;
+  const vint bucket = (vint)lookup<1 << 12>((const float*)book.buckets, bits >> 16);
+  vint code = (bucket >> kThresholdBits) - ((bits & 0xffff) >= (bucket & ((1 << kThresholdBits) - 1)));
+  if constexpr (with_sign) {
+    const vint sign = (vint)value >> 31;  // -1 or 0
+    code = ((code ^ sign) - sign) + kZeroCode;
+    code = code < 0 ? vint{} : code;
+  }
+  return to_bytes((vuint)code);
+}
+
 // To the codes of a codebook, with signs or without, and back: `kCodeVectors` vectors at once.
 #if defined(__AVX512VBMI__)
 
@@ -19,53 +34,58 @@ constexpr int kCodeVectors = 4;
 template <bool with_sign>
 class Codec {
  public:
-  explicit Codec(const Codebook& book) : book_(book), values_(book.values), bounds_(book.bounds) {}
+  explicit Codec(const Codebook& book) : book_(book), values_(book.values) {}
 
   void decode(const uint8_t* codes, vfloat* values) const {
-    values_.lookup<kCodes>(interleaved(_mm512_loadu_si512(codes)), values);
+    values_.lookup(interleaved(_mm512_loadu_si512(codes)), values);
   }
 
-  // The codes of finite values between -1 and 1, or hardly beyond: the nearest value's, of two equally near the
-  // smaller's.
-  void encode(const vfloat* values, uint8_t* to) const {
-    vfloat sizes[kCodeVectors], bounds[kCodeVectors];
-    vint codes[kCodeVectors];
+  // The codes of `kCodeVectors` vectors of values times `scale`.
+  void encode(const float* values, float scale, uint8_t* to) const {
+    vint scaled[kCodeVectors], places[kCodeVectors];
+    __m512i fractions = _mm512_set1_epi32(-1);
 #pragma GCC unroll 4
     for (int v = 0; v < kCodeVectors; v++) {
-      sizes[v] = size_of(values[v]);
-      codes[v] = guess(sizes[v]);
+      const vfloat value = load<vfloat>(values + v * kLanes) * scale;
+      scaled[v] = (vint)value;
+      places[v] = place(size_of(value));
+      fractions = _mm512_min_epu16(fractions, (__m512i)places[v]);
     }
-    bounds_.lookup<with_sign ? kCodes / 2 : kCodes>(interleaved_bytes(codes), bounds);
-#pragma GCC unroll 4
-    for (int v = 0; v < kCodeVectors; v++) {
-      codes[v] = increased_where(sizes[v], bounds[v], codes[v]);
-      if constexpr (with_sign) codes[v] = (vint)values[v] < 0 ? kZeroCode - codes[v] : kZeroCode + codes[v];
+    if (_mm512_cmplt_epu16_mask(fractions, _mm512_set1_epi32(kDoubt))) return encode_by_buckets(values, scale, to);
+    __m512i codes = bytes<2>(places);
+    if constexpr (with_sign) {
+      const __m512i zero = _mm512_set1_epi8(kZeroCode);
+      const __mmask64 negative = _mm512_movepi8_mask(bytes<3>(scaled));
+      codes = _mm512_mask_subs_epu8(_mm512_add_epi8(zero, codes), negative, zero, codes);
+    } else {
+      codes = _mm512_sub_epi8(codes, _mm512_set1_epi8(1));
     }
-    _mm512_storeu_si512(to, interleaved(interleaved_bytes(codes)));
+    _mm512_storeu_si512(to, codes);
   }
 
  private:
+  __attribute__((noinline)) void encode_by_buckets(const float* values, float scale, uint8_t* to) const {
+    for (int i = 0; i < kCodeVectors * kLanes; i += kLanes) {
+      store(to + i, codes_by_buckets<with_sign>(book_, load<vfloat>(values + i) * scale));
+    }
+  }
+
   static vfloat size_of(vfloat value) {
     constexpr int kLargerMagnitude = 0b1011;
     return (vfloat)_mm512_range_ps((__m512)value, _mm512_set1_ps(kLeastMagnitude), kLargerMagnitude);
   }
 
-  // value + 1 where a >= b.
-  static vint increased_where(vfloat a, vfloat b, vint value) {
-    const __mmask16 where = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
-    return (vint)_mm512_mask_add_epi32((__m512i)value, where, (__m512i)value, _mm512_set1_epi32(1));
-  }
-
-  // The code of a magnitude, counted from the zero, or the one before.
-  vint guess(vfloat size) const {
-    const vint exponent = (vint)size >> 23, first = (vint)lookup<32>((const float*)book_.regions, exponent);
-    const vint region = increased_where(size, lookup<32>(book_.edges, exponent), first);
+  // The code of a magnitude, in the third byte, and how far it is from the next smaller one, in the lower two.
+  vint place(vfloat size) const {
+    const vint bits = (vint)size;
+    const vint region = (bits + (vint)lookup<32>((const float*)book_.regions, bits >> 23)) >> 23;
     const __m512 slope = (__m512)lookup<16>(book_.slopes, region), offset = (__m512)lookup<16>(book_.offsets, region);
-    return (vint)_mm512_cvttps_epi32(_mm512_fmadd_ps((__m512)size, slope, offset));
+    const vfloat line = (vfloat)_mm512_fmadd_ps((__m512)size, slope, offset);
+    return (vint)smaller(line, lookup<16>(book_.limits, region));
   }
 
   const Codebook& book_;
-  const ByteTable values_, bounds_;
+  const ByteTable values_;
 };
 
 #else
@@ -81,17 +101,8 @@ class Codec {
     for (int i = 0; i < kLanes; i++) (*value)[i] = book_.values[codes[i]];
   }
 
-  void encode(const vfloat* value, uint8_t* to) const {
-    const vfloat size = larger(magnitude(*value), broadcast(kLeastMagnitude));
-    const vint bits = (vint)size;
-    const vint bucket = (vint)lookup<1 << 12>((const float*)book_.buckets, bits >> 16);
-    vint code = (bucket >> kThresholdBits) - ((bits & 0xffff) >= (bucket & ((1 << kThresholdBits) - 1)));
-    if constexpr (with_sign) {
-      const vint sign = (vint)*value >> 31;  // -1 or 0
-      code = ((code ^ sign) - sign) + kZeroCode;
-      code = code < 0 ? vint{} : code;
-    }
-    store(to, to_bytes((vuint)code));
+  void encode(const float* values, float scale, uint8_t* to) const {
+    store(to, codes_by_buckets<with_sign>(book_, load<vfloat>(values) * scale));
   }
 
  private:

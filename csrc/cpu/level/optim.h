@@ -76,12 +76,7 @@ inline void store_codes(const Codec<with_sign>& codec, const float* values, vflo
   if (size < kLeastAbsmax) size = 0;
   *state.absmax = size;
   const float inverse = size ? 1 / size : 0;
-  for (int i = 0; i < kCodeBlock; i += kCodeLanes) {
-    vfloat scaled[kCodeVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kCodeVectors; v++) scaled[v] = load<vfloat>(values + i + v * kLanes) * inverse;
-    codec.encode(scaled, state.codes + i);
-  }
+  for (int i = 0; i < kCodeBlock; i += kCodeLanes) codec.encode(values + i, inverse, state.codes + i);
 }
 
 template <Rule rule, Dtype dtype>
@@ -94,6 +89,8 @@ class CodesStep {
   // Of a block, whose first element is the parameter's `index`-th.
   void take(Element<dtype>* params, const Element<dtype>* grads, const CodesState* states, int64_t index) const {
     const float a_absmax = *states[0].absmax, b_absmax = rule == kAdam ? *states[1].absmax : 0;
+    const OptimStep step = step_;  // which no store can change, so that it stays in registers
+    const float factor = factor_;
     alignas(64) float new_as[kCodeBlock], new_bs[kCodeBlock];
     vfloat a_most = {}, b_most = {};
     for (int i = 0; i < kCodeBlock; i += kCodeLanes) {
@@ -106,8 +103,8 @@ class CodesStep {
         const int j = i + v * kLanes;
         const vfloat grad = load_some<dtype>(grads + j, kLanes);
         vfloat param = load_some<dtype>(params + j, kLanes), a = as[v] * a_absmax, b = bs[v] * b_absmax;
-        optim_update<rule, VectorMath>(step_, 1, grad * factor_, param, a, b);
-        store_param<dtype>(call_, step_, params + j, param, grad, index + j, kLanes);
+        optim_update<rule, VectorMath>(step, 1, grad * factor, param, a, b);
+        store_param<dtype>(call_, step, params + j, param, grad, index + j, kLanes);
         store(new_as + j, a);
         a_most = larger(magnitude(a), a_most);  // NaN does not count
         if (rule == kAdam) {
