@@ -149,18 +149,20 @@ class KernelOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_sparse_gradients()
-        factors = self._factors()
-        for group in self.param_groups:
-            self._step_group(group, factors)
+        gradients = [[param.grad for param in group["params"]] for group in self.param_groups]
+        self._refuse_sparse(gradients)
+        factors = self._factors([grad for grads in gradients for grad in grads if grad is not None])
+        for group, grads in zip(self.param_groups, gradients, strict=True):
+            self._step_group(group, grads, factors)
         return loss
 
-    def _step_group(self, group: dict[str, Any], factors: dict[torch.device, Tensor]) -> None:
+    def _step_group(
+        self, group: dict[str, Any], grads: list[Tensor | None], factors: dict[torch.device, Tensor]
+    ) -> None:
         signs = self._signs(group)
         names = [*signs]
         together: dict[Any, list[tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(list)
-        for param in group["params"]:
-            grad = param.grad
+        for param, grad in zip(group["params"], grads, strict=True):
             if grad is None:
                 continue
             state = self.state[param]
@@ -171,18 +173,17 @@ class KernelOptimizer(Optimizer):
         seed = group["seed"] if group["stochastic_rounding"] else None
         for (device, dtype, state_dtype, *types), rows in together.items():
             factor = factors.get(device)
-            params = [row[0] for row in rows]
-            states = [row[2] for row in rows]
             if dtype not in DTYPES or not PLAIN.issuperset(types) or device.type not in DEVICES:
                 if factor is None or bool(factor.isfinite()):
                     for param, grad, state in rows:
                         self._step_in_torch(group, param, grad if factor is None else grad * factor, state)
                 continue
             codes = self.BITS == 8 and state_dtype is torch.uint8
+            params, gradients, states = zip(*rows, strict=True)
             contiguous = [param.contiguous() for param in params]
             lists = (
                 contiguous,
-                [row[1].contiguous() for row in rows],
+                [grad.contiguous() for grad in gradients],
                 [state[name] for name in names for state in states],
                 [state[name + "_absmax"] for name in names for state in states] if codes else [],
                 [state["step"] for state in states],
@@ -234,15 +235,12 @@ class KernelOptimizer(Optimizer):
                 dtype = torch.float32 if wide or (self.BITS == 8 and param.dtype in DTYPES) else param.dtype
                 state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
 
-    def _factors(self) -> dict[torch.device, Tensor]:
+    def _factors(self, grads: list[Tensor]) -> dict[torch.device, Tensor]:
         """By device, what the gradients are multiplied by; NaN where the step must be left out."""
         measured = self.max_norm is not None or self.BITS == 8
         scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if not measured and scale is None and found_inf is None:
-            return {}
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not grads:
+        if not grads or (not measured and scale is None and found_inf is None):
             return {}
         if measured:
             limit = math.inf if self.max_norm is None else self.max_norm
@@ -253,7 +251,7 @@ class KernelOptimizer(Optimizer):
                 factor = factor / scale.to(factor.device)
         if found_inf is not None:
             factor = torch.where(found_inf.to(factor.device) == 0, factor, torch.nan)
-        factors = {device: factor.to(device) for device in dict.fromkeys(grad.device for grad in grads)}
+        factors = {device: factor.to(device) for device in {grad.device for grad in grads}}
         skip = factor.isnan()
         if found_inf is None and factor.is_cpu and skip:
             named = (
@@ -319,13 +317,13 @@ class KernelOptimizer(Optimizer):
                 state[name].copy_(dequantize_blockwise(value, absmax, signed))
         return state
 
-    def _refuse_sparse_gradients(self) -> None:
-        for g, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                if param.grad is not None and param.grad.layout is not torch.strided:
+    def _refuse_sparse(self, gradients: list[list[Tensor | None]]) -> None:
+        for g, grads in enumerate(gradients):
+            for i, grad in enumerate(grads):
+                if grad is not None and grad.layout is not torch.strided:
                     raise RuntimeError(
                         f"{type(self).__name__} does not take sparse gradients, and parameter {i} of group {g}, of "
-                        f"shape {tuple(param.shape)}, has one: build its Embedding with sparse=False"
+                        f"shape {tuple(grad.shape)}, has one: build its Embedding with sparse=False"
                     )
 
 
@@ -334,8 +332,9 @@ def global_norm(grads: list[Tensor], max_norm: float, scale: Tensor | None = Non
 
     Where the gradients are multiplied by a `scale`, the norm is that of what they were, and the factor undoes it too.
     """
-    plain = all(grad.device.type in DEVICES and grad.dtype in DTYPES and type(grad) in PLAIN for grad in grads)
-    if plain and len({grad.device for grad in grads}) == 1:
+    kinds = {(grad.device, grad.dtype, type(grad)) for grad in grads}
+    plain = all(device.type in DEVICES and dtype in DTYPES and cls in PLAIN for device, dtype, cls in kinds)
+    if plain and len({device for device, _, _ in kinds}) == 1:
         norm, factor = torch.ops.entrenar.grad_norm([grad.contiguous() for grad in grads], max_norm)
         if scale is None:
             return norm, factor
