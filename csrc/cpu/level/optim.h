@@ -91,11 +91,12 @@ class CodesStep {
     const float a_absmax = *states[0].absmax, b_absmax = rule == kAdam ? *states[1].absmax : 0;
     const OptimStep step = step_;  // which no store can change, so that it stays in registers
     const float factor = factor_;
+    constexpr int64_t kElementsAhead = 512;  // as many as of float32
     alignas(64) float new_as[kCodeBlock], new_bs[kCodeBlock];
     vfloat a_most = {}, b_most = {};
     for (int i = 0; i < kCodeBlock; i += kCodeLanes) {
       vfloat as[kCodeVectors], bs[kCodeVectors] = {};
-      for (int state = 0; state < kStates; state++) prefetch_ahead(states[state].codes + i, kCodeLanes);
+      for (int state = 0; state < kStates; state++) prefetch_ahead(states[state].codes + i, kCodeLanes, kElementsAhead);
       a_codec_.decode(states[0].codes + i, as);
       if (rule == kAdam) b_codec_.decode(states[1].codes + i, bs);
 #pragma GCC unroll 4

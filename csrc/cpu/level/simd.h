@@ -41,9 +41,9 @@ inline void store(T* to, V value) {
 
 // Fetches what lies some way behind `bytes` at `from` of a stream. A processor's own prefetching ends with each page of
 // 4 KiB, and on some machines does not keep up at all.
-inline void prefetch_ahead(const void* from, int64_t bytes) {
-  constexpr int64_t kAhead = 2048, kLine = 64;
-  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch((const char*)from + kAhead + i);
+inline void prefetch_ahead(const void* from, int64_t bytes, int64_t ahead = 2048) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch((const char*)from + ahead + i);
 }
 
 // Conversions between widths, which gcc's __builtin_convertvector takes apart into single elements.
