@@ -373,16 +373,22 @@ def test_kernel_at_any_size(sizes, causal, contiguous, dtype):
 
 @given(
     st.tuples(*(st.integers(1, n) for n in (2, 2, 3, 150, 150, 70, 70))),
-    st.sampled_from(["boolean", "additive", "keys", "mostly blind"]),
+    st.sampled_from(["boolean", "additive", "keys", "mostly blind", "padding"]),
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
 @settings(max_examples=60, deadline=None)
 def test_masks_at_any_size(sizes, kind, dtype):
     batch, groups, shared, *rest = sizes
     torch.manual_seed(sum(sizes))
+    if kind == "padding":
+        rest[1] = rest[0]
     args = kernel_arguments(batch, groups * shared, groups, *rest, dtype)
     queries, keys = rest[:2]
+    starts, ends = torch.randint(keys + 1, (2, batch, 1)).sort(0).values  # of one it may be nothing
+    places = torch.arange(keys)
+    padding = ((places >= starts) & (places < ends)).view(batch, 1, 1, keys)
     mask = {
+        "padding": lambda: padding & torch.ones(queries, keys, dtype=torch.bool).tril(),
         "boolean": lambda: torch.rand(batch, 1, queries, keys) < 0.5,
         "additive": lambda: (
             torch.randn(groups * shared, queries, keys)
@@ -394,6 +400,24 @@ def test_masks_at_any_size(sizes, kind, dtype):
     }[kind]()
     seen, bias = seen_and_bias(*args[:2], mask)
     check_rounding(lambda *args: attention(*args, mask, enable_gqa=True, scale=0.2), *args, seen, 0.2, bias)
+
+
+@pytest.mark.parametrize("kind", ["padding", "any"])
+def test_opcheck_of_masks(kind):
+    q, k, v = kernel_arguments(2, 4, 2, 7, 7, 8, 8, torch.float32)
+    mask = (
+        torch.ones(7, 7, dtype=torch.bool).tril() & (torch.arange(7) > 1)
+        if kind == "padding"
+        else torch.rand(7, 7) < 0.5
+    )
+    mask = mask.view(1, 1, 7, 7)
+    ops = torch.ops.entrenar
+    o, lse = ops.masked_attention(q, k, v, mask, 0.3)
+    for op, arguments in (
+        (ops.masked_attention, (q, k, v, mask, 0.3)),
+        (ops.masked_attention_backward, (torch.randn_like(o), q, k, v, o, lse, mask, 0.3)),
+    ):
+        assert set(torch.library.opcheck(op.default, arguments).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

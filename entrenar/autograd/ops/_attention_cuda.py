@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from entrenar.autograd.ops._attention_arguments import bias_of, check, check_results, nothing, repeat, tokens, zeros
 from entrenar.autograd.ops._library import library
 
 COLUMNS = 8
@@ -22,26 +23,23 @@ COLUMNS = 8
 VECTOR_BYTES = 16
 LSE_ROWS = 32
 """The memory-efficient backward reads the logarithms in units of so many queries."""
-BIAS_COLUMNS = 16
-"""Rows of a mask begin at a multiple of so many elements."""
 FROM_TOP_LEFT = 1
 """The memory-efficient attention's number for a mask that lets query i see the keys 0 to i."""
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """`torch.ops.entrenar.attention` of tensors on CUDA."""
-    _check(q, k, v, offsets, causal)
-    if _nothing(q, k):
-        return _zeros(q, v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
+    check(q, k, v, offsets, causal)
+    if nothing(q, k):
+        return zeros(q, v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
     if scale <= 0:
         q, scale, _ = _scaled_up(q, scale)
     if q.dtype is torch.float32 and offsets is not None:
         sequences = _sequences(offsets, (q, k, v))
         parts = [attention(q, k, v, None, scale, causal) for q, k, v in sequences]
-        return _tokens(torch.cat([o for o, _ in parts], 2)), torch.cat([lse for _, lse in parts], 2)
+        return tokens(torch.cat([o for o, _ in parts], 2)), torch.cat([lse for _, lse in parts], 2)
     key, value = _seen(q, k, v, offsets, causal)
     width = _width(q, v)
     q, key, value = (_rows(x, width) for x in (q, key, value))
@@ -64,10 +62,10 @@ def attention_backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`torch.ops.entrenar.attention_backward` of tensors on CUDA."""
-    _check(q, k, v, offsets, causal)
-    _check_results(d_o, q, v, o, lse)
-    if _nothing(q, k):
-        return _zeros(q, q.shape[-1]), _zeros(k, k.shape[-1]), _zeros(v, v.shape[-1])
+    check(q, k, v, offsets, causal)
+    check_results(d_o, q, v, o, lse)
+    if nothing(q, k):
+        return zeros(q, q.shape[-1]), zeros(k, k.shape[-1]), zeros(v, v.shape[-1])
     if scale <= 0:
         q, scale, factor = _scaled_up(q, scale)
         dq, dk, dv = attention_backward(d_o, q, k, v, o, lse, offsets, scale, causal)
@@ -75,7 +73,7 @@ def attention_backward(
     if q.dtype is torch.float32 and offsets is not None:
         sequences = _sequences(offsets, (d_o, q, k, v, o, lse))
         parts = [attention_backward(d_o, q, k, v, o, lse, None, scale, causal) for d_o, q, k, v, o, lse in sequences]
-        dq, dk, dv = (_tokens(torch.cat(gradients, 2)) for gradients in zip(*parts, strict=True))
+        dq, dk, dv = (tokens(torch.cat(gradients, 2)) for gradients in zip(*parts, strict=True))
         return dq, dk, dv
     key, value = _seen(q, k, v, offsets, causal)
     width = _width(q, v)
@@ -92,10 +90,10 @@ def attention_backward(
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`torch.ops.entrenar.masked_attention`."""
-    _check(q, k, v, None, False)
-    if _nothing(q, k):
-        return _zeros(q, v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
-    bias, blind = _bias(mask, q, k)
+    check(q, k, v, None, False)
+    if nothing(q, k):
+        return zeros(q, v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
+    bias, blind = bias_of(mask, q, k)
     if scale <= 0:
         q, scale, _ = _scaled_up(q, scale)
     width = _width(q, v)
@@ -108,12 +106,12 @@ def masked_attention_backward(
     d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`torch.ops.entrenar.masked_attention_backward`."""
-    _check(q, k, v, None, False)
-    _check_results(d_o, q, v, o, lse)
-    if _nothing(q, k):
-        return _zeros(q, q.shape[-1]), _zeros(k, k.shape[-1]), _zeros(v, v.shape[-1])
+    check(q, k, v, None, False)
+    check_results(d_o, q, v, o, lse)
+    if nothing(q, k):
+        return zeros(q, q.shape[-1]), zeros(k, k.shape[-1]), zeros(v, v.shape[-1])
     factor = 1.0
-    bias, blind = _bias(mask, q, k)
+    bias, blind = bias_of(mask, q, k)
     if scale <= 0:
         q, scale, factor = _scaled_up(q, scale)
     width, columns = _width(q, v), q.shape[-1]
@@ -121,22 +119,6 @@ def masked_attention_backward(
     dq, dk, dv = _efficient_backward(d_o, q, k, value, o.contiguous(), lse, scale, False, bias)
     dq = dq if factor == 1 else dq.mul_(factor)
     return _heads(dq, columns), _heads(dk, columns), _heads(dv, v.shape[-1])
-
-
-def _bias(mask: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """What is added to the scores, [B, H, T, S] in rows as the kernel wants them; and the queries that see no key.
-
-    Those have no softmax: here they see all keys, and what comes of it is to be cleared.
-    """
-    seen = mask if mask.dtype is torch.bool else mask != -math.inf
-    blind = ~seen.any(-1, keepdim=True)
-    keys = k.shape[2]
-    bias = q.new_zeros(*mask.shape[:-1], math.ceil(keys / BIAS_COLUMNS) * BIAS_COLUMNS)[..., :keys]
-    if mask.dtype is torch.bool:
-        bias.masked_fill_(~(mask | blind), -math.inf)
-    else:
-        bias.copy_(mask.masked_fill(blind, 0))
-    return bias.expand(*q.shape[:-1], keys), blind
 
 
 def _flash_forward(
@@ -179,7 +161,7 @@ def _flash_backward(
 def _efficient_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    k, v = (_repeat(x, q.shape[2]) for x in (k, v))
+    k, v = (repeat(x, q.shape[2], 2) for x in (k, v))
     mask = FROM_TOP_LEFT if causal else 0
     o, lse, *_ = torch.ops.aten._efficient_attention_forward(
         q, k, v, bias, None, None, None, None, 0.0, mask, True, scale=scale
@@ -199,7 +181,7 @@ def _efficient_backward(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups = k.shape[2]
-    k, v = (_repeat(x, q.shape[2]) for x in (k, v))
+    k, v = (repeat(x, q.shape[2], 2) for x in (k, v))
     # With a logarithm of infinity the probabilities of queries that do not exist are zero.
     lse = F.pad(lse, (0, -lse.shape[-1] % LSE_ROWS), value=math.inf).contiguous()
     none = torch.zeros((), dtype=torch.int64, device=q.device)  # of the random state, without dropout
@@ -210,40 +192,6 @@ def _efficient_backward(
     if groups != q.shape[2]:
         dk, dv = (d.unflatten(2, (groups, -1)).sum(3) for d in (dk, dv))
     return dq, dk, dv
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, causal: bool) -> None:
-    def described() -> str:
-        named = zip(("q", "k", "v"), (q, k, v), strict=True)
-        return ", ".join(f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in named)
-
-    if any(x.dim() != 4 for x in (q, k, v)):
-        raise RuntimeError(f"q, k and v must have four dimensions: {described()}")
-    if q.dtype not in DTYPES or any(x.dtype is not q.dtype or x.device != q.device for x in (k, v)):
-        raise RuntimeError(f"q must be float32, bfloat16 or float16, k and v of its dtype and device: {described()}")
-    batch, heads, rows, columns = q.shape
-    if k.shape[::3] != (batch, columns) or v.shape[:3] != k.shape[:3] or (heads and heads % max(k.shape[1], 1)):
-        raise RuntimeError(f"k and v do not fit q, whose heads are a multiple of theirs: {described()}")
-    if heads and not k.shape[1]:
-        raise RuntimeError(f"k has no heads: {described()}")
-    if offsets is not None:
-        at = offsets.tolist() if offsets.dtype is torch.int64 and offsets.dim() == 1 else []
-        if not at or batch != 1 or k.shape[2] != rows or at[0] != 0 or at[-1] != rows or at != sorted(at):
-            raise RuntimeError(
-                f"offsets must be int64, not decrease, begin with 0 and end with the number of queries, and there must "
-                f"be one batch, and as many queries as keys: {offsets}, {described()}"
-            )
-    elif causal and q.dtype is not torch.float32 and rows > k.shape[2]:
-        raise RuntimeError(f"causal flash attention takes no more queries than keys: {described()}")
-
-
-def _check_results(d_o: Tensor, q: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
-    shape = (*q.shape[:-1], v.shape[-1])
-    for name, x in (("d_o", d_o), ("o", o)):
-        if x.shape != shape or x.dtype is not q.dtype:
-            raise RuntimeError(f"{name} must be {q.dtype} {shape}, not {x.dtype} {tuple(x.shape)}")
-    if lse.shape != q.shape[:-1] or lse.dtype is not torch.float32:
-        raise RuntimeError(f"lse must be float32 {tuple(q.shape[:-1])}, not {lse.dtype} {tuple(lse.shape)}")
 
 
 def _seen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
@@ -259,15 +207,6 @@ def _scaled_up(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     """
     factor = -1.0 if scale < 0 else 0.0
     return q * factor, abs(scale) or 1.0, factor
-
-
-def _nothing(q: Tensor, k: Tensor) -> bool:
-    return 0 in (*q.shape[:3], k.shape[2])
-
-
-def _zeros(like: Tensor, columns: int) -> Tensor:
-    batch, heads, rows, _ = like.shape
-    return like.new_zeros(batch, rows, heads, columns).transpose(1, 2)
 
 
 def _width(q: Tensor, v: Tensor) -> int:
@@ -292,16 +231,6 @@ def _rows(x: Tensor, width: int) -> Tensor:
 def _heads(x: Tensor, columns: int) -> Tensor:
     """[B, T, H, width] as [B, H, T, columns] in the memory that the ops give, [B, T, H, columns]."""
     return x[..., :columns].contiguous().transpose(1, 2)
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """[B, H, T, C] with the heads of a token side by side in memory."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _repeat(x: Tensor, heads: int) -> Tensor:
-    """[B, S, G, C] as [B, S, heads, C]: neighbours share a head."""
-    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
 def _starts(offsets: Tensor, device: torch.device) -> tuple[Tensor, int]:

@@ -36,9 +36,9 @@ def has_kernel(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, is_c
 
 
 def takes_mask(query: Tensor, mask: Tensor) -> bool:
-    """Whether kernels compute an attention that they take without its mask: CUDA's, for masks that have no gradient."""
+    """Whether kernels that compute an attention without its mask do so with it: it has no gradient."""
     return (
-        query.device.type == mask.device.type == "cuda"
+        query.device == mask.device
         and mask.dtype in (torch.bool, query.dtype)
         and not mask.requires_grad
         and not torch._C._are_functorch_transforms_active()
@@ -59,7 +59,7 @@ def attention_forward(
     if mask is None:
         o, lse = torch.ops.entrenar.attention(q, k, v, offsets, scale, causal)
     else:
-        o, lse = torch.ops.entrenar.masked_attention(q, k, v, _of_heads(mask, query), scale)
+        o, lse = torch.ops.entrenar.masked_attention(q, k, v, _of_heads(mask, query, key), scale)
     return o.view(*query.shape[:-1], value.shape[-1]), lse
 
 
@@ -80,7 +80,7 @@ def attention_backward(
     if mask is None:
         gradients = torch.ops.entrenar.attention_backward(d_o, q, k, v, o, lse, offsets, scale, causal)
     else:
-        heads = _of_heads(mask, query)
+        heads = _of_heads(mask, query, key)
         gradients = torch.ops.entrenar.masked_attention_backward(d_o, q, k, v, o, lse, heads, scale)
     return tuple(d.view(x.shape) for d, x in zip(gradients, (query, key, value), strict=True))
 
@@ -93,10 +93,11 @@ def _heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _of_heads(mask: Tensor, query: Tensor) -> Tensor:
+def _of_heads(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """A mask that broadcasts to [..., H, T, S] as one that broadcasts to [B, H, T, S]."""
+    fitted = mask.expand(*query.shape[:-1], key.shape[-2])  # or an error
     if query.dim() > 4:
-        mask = mask.expand(*query.shape[:-1], mask.shape[-1]).flatten(0, -4)
+        mask = fitted.flatten(0, -4)
     while mask.dim() < 4:
         mask = mask.unsqueeze(0)
     return mask
@@ -137,7 +138,7 @@ define(
     _attention_backward_fake,
 )
 
-# By a mask that broadcasts to [B, H, T, S], boolean or of q's dtype and added to the scores; on CUDA alone.
+# By a mask that broadcasts to [B, H, T, S], boolean or of q's dtype and added to the scores.
 define(
     "masked_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> (Tensor o, Tensor lse)",
     lambda q, k, v, mask, scale: _attention_fake(q, k, v, None, scale, False),

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import entrenar.autograd.ops._attention_cuda  # noqa: F401 (registers CUDA's kernels)
+import entrenar.autograd.ops._attention_cpu
+import entrenar.autograd.ops._attention_cuda  # noqa: F401 (both register kernels)
 from entrenar.autograd.ops._attention_kernel import attention_backward, attention_forward, has_kernel, takes_mask
 from entrenar.autograd.ops._autocast import autocast
 from entrenar.autograd.ops._function import Function
@@ -60,11 +61,11 @@ def scaled_dot_product_attention(
     Query, key, value and mask are kept, and one block of scores exists at a time: memory is linear in T and in S. A
     second derivative works, but keeps all blocks of the backward, whose memory is quadratic.
 
-    There are kernels, without dropout, for up to 256 columns, where nothing is broadcast; for their backward the output
-    and a number for each query are kept too. On the CPU they take float32 and bfloat16, and no mask but is_causal. On
-    CUDA (from compute capability 8.0) they are torch's own, for float32, bfloat16 and float16, the last two with
-    is_causal only if T <= S, and for masks that are boolean or of query's dtype and have no gradient; their gradients
-    are the same in every run only under torch.use_deterministic_algorithms.
+    There are kernels, without dropout, for up to 256 columns, where nothing is broadcast but a mask, which has no
+    gradient and is boolean or of query's dtype; for their backward the output and a number for each query are kept too.
+    On the CPU they take float32 and bfloat16, and are torch's for a mask that says more than causal and padding. On
+    CUDA (from compute capability 8.0) they are torch's, for float32, bfloat16 and float16, the last two with is_causal
+    only if T <= S; their gradients are the same in every run only under torch.use_deterministic_algorithms.
 
     Raises RuntimeError where shapes, dtypes or devices do not match, TypeError for values that are not floating point.
     """
