@@ -4,6 +4,7 @@
 #pragma once
 
 #include "codec.h"
+#include "elements.h"
 #include "store.h"
 #include "transpose.h"
 
@@ -21,9 +22,16 @@ constexpr bool kDotPairs = true;
 constexpr bool kDotPairs = false;
 #endif
 
+// Whether what the next rows need is asked for in the order of memory: AMD's processors read sixteen rows side by side at
+// half the speed.
+#if defined(__AMX_BF16__)
+constexpr bool kInOrder = false;
+#else
+constexpr bool kInOrder = true;
+#endif
+
 constexpr int kWord = 4;  // bytes of codes in a lane
 constexpr int kGroupWords = int4::kGroupBytes / kWord;
-constexpr int kPrefetchWords = 128;  // how far ahead of their use the codes of a row are asked for
 
 static_assert(kDotColumns == kSquare, "rows of the weight are transposed a square at a time");
 
@@ -79,26 +87,48 @@ constexpr int unit_of(int t, int i) {
   return t * Step<kPairs>::kSteps / 2 + i / 2 + i % 2 * kGroupSteps<kPairs> / 2;
 }
 
-// x as [unit][row]. Pairs hold elements (0, 2) and (1, 3) of every four, which are two bytes apart in the codes.
-void pack_rows(const void* x, Dtype dtype, int64_t rows, int64_t columns, bool pairs, int64_t group_begin,
-               int64_t group_end, uint32_t* out) {
+#if defined(__AVX512BF16__)
+// Pairs of elements (0, 2) and (1, 3) of every four, which are two bytes apart in the codes.
+void pack_pairs(const uint16_t* x, int64_t rows, int64_t columns, int64_t group_begin, int64_t group_end,
+                uint32_t* out) {
+  const __m512i order = _mm512_set_epi16(31, 29, 30, 28, 27, 25, 26, 24, 23, 21, 22, 20, 19, 17, 18, 16,  //
+                                         15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
+  static_assert(kMaxDotRows <= kSquare && kGroupSteps<true> == kSquare, "a group's pairs are transposed as a square");
+  alignas(64) uint32_t square[kSquare * kSquare] = {};
+  for (int64_t g = group_begin; g < group_end; g++, x += int4::kGroup) {
+    const int64_t rest = columns - g * int4::kGroup;
+    const __mmask32 some = rest >= int4::kGroup ? -1 : (1u << rest) - 1;
+    uint32_t* const to = out + g * kSquare * rows;
+    uint32_t* const pairs = rows == 1 ? to : square;
+    for (int64_t m = 0; m < rows; m++) {
+      const __m512i group = _mm512_maskz_loadu_epi16(some, x + m * columns);
+      store(pairs + m * kSquare, _mm512_permutexvar_epi16(order, group));
+    }
+    if (rows == 1) continue;
+    transpose_square(square, kSquare, square, kSquare);
+    for (int u = 0; u < kSquare; u++) {
+      _mm512_mask_storeu_epi32(to + u * rows, (1 << rows) - 1, _mm512_load_si512(square + u * kSquare));
+    }
+  }
+}
+#endif
+
+// x as [unit][row].
+void pack_rows(const void* x, Dtype dtype, int64_t rows, int64_t columns, [[maybe_unused]] bool pairs,
+               int64_t group_begin, int64_t group_end, uint32_t* out) {
+#if defined(__AVX512BF16__)
+  if (pairs) {
+    return pack_pairs((const uint16_t*)x + group_begin * int4::kGroup, rows, columns, group_begin, group_end, out);
+  }
+#endif
   for (int64_t g = group_begin; g < group_end; g++) {
     for (int64_t m = 0; m < rows; m++) {
       float values[int4::kGroup];
       uint32_t group[int4::kGroup];
       load_group(x, dtype, m, columns, g * int4::kGroup, values);
       __builtin_memcpy(group, values, sizeof group);
-      if (pairs) {
-        uint32_t* to = out + g * int4::kGroup / 2 * rows + m;
-#pragma GCC unroll 8
-        for (int i = 0; i < int4::kGroup; i += 4, to += 2 * rows) {
-          to[0] = group[i] >> 16 | group[i + 2];
-          to[rows] = group[i + 1] >> 16 | group[i + 3];
-        }
-      } else {
-        uint32_t* to = out + g * int4::kGroup * rows + m;
-        for (int i = 0; i < int4::kGroup; i++) to[i * rows] = group[i];
-      }
+      uint32_t* to = out + g * int4::kGroup * rows + m;
+      for (int i = 0; i < int4::kGroup; i++) to[i * rows] = group[i];
     }
   }
 }
@@ -160,6 +190,29 @@ inline void dot_block(const uint32_t* words, int groups, const uint32_t* x, vflo
   }
 }
 
+// Asks for what lies there, into the second-level cache.
+INLINE inline void prefetch(const void* from, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch((const char*)from + i, 0, 2);
+}
+
+// Asks for the codes that will be wanted some time after a square of them, from word `word` of its rows on.
+INLINE inline void prefetch_codes(const uint8_t* codes, int64_t row_bytes, int64_t word) {
+  const int64_t words = row_bytes / kWord;
+  if constexpr (kInOrder) return prefetch(codes + kSquare * (row_bytes + word * kWord), kSquare * kSquare * kWord);
+  constexpr int64_t kAhead = 128;
+  // Past the end of these rows come the next rows' codes, as far ahead.
+  const int64_t ahead = word + kAhead + (word + kAhead < words ? 0 : words * (kSquare - 1));
+  for (int r = 0; r < kSquare; r++) __builtin_prefetch(codes + r * row_bytes + ahead * kWord);
+}
+
+// Asks for as many scales of the next rows as load_scales takes.
+INLINE inline void prefetch_scales(const Weight& w, int64_t row, int64_t block, int64_t blocks) {
+  if constexpr (!kInOrder) return;
+  const int64_t bytes = w.float32_scales ? 4 : 2;
+  prefetch((const char*)w.scales + ((row + kSquare) * blocks + block * kSquare) * bytes, kSquare * kSquare * bytes);
+}
+
 template <bool kPairs, int kRows>
 void dot_int4(const Weight& w, int64_t row, int64_t rows, const uint32_t* x, vfloat (*total)[kRows]) {
   const int64_t row_bytes = int4::row_bytes(w.columns), words = row_bytes / kWord;
@@ -175,10 +228,9 @@ void dot_int4(const Weight& w, int64_t row, int64_t rows, const uint32_t* x, vfl
   for (int64_t word = 0, i = 0; word < words; word += kSquare, i++) {
     if (block % kSquare == 0) {
       load_scales(w, row, rows, block, blocks - block < kSquare ? blocks - block : kSquare, scales);
+      prefetch_scales(w, row, block, blocks);
     }
-    // Past the end of these rows come the next rows' codes, as far ahead.
-    const int64_t ahead = word + kPrefetchWords + (word + kPrefetchWords < words ? 0 : words * (kSquare - 1));
-    for (int r = 0; r < kSquare; r++) __builtin_prefetch(codes + r * row_bytes + ahead * kWord);
+    prefetch_codes(codes, row_bytes, word);
     // One square ahead, so that the transpose overlaps the multiplications.
     if (word + kSquare < words) load_square(word + kSquare, squares[(i + 1) % 2]);
 
