@@ -85,7 +85,9 @@ void multiply_in_tiles(const Product& p) {
   const int64_t row_parts = std::clamp<int64_t>(p.rows / kernels().rows_to_split, 1, threads);
   const int64_t column_parts = std::min((threads + row_parts - 1) / row_parts, tiles);
   const int64_t row_step = kernels().row_step;
-  const int64_t part_rows = ((p.rows + row_parts - 1) / row_parts + row_step - 1) / row_step * row_step;
+  const auto whole_steps = [row_step](int64_t rows) { return (rows + row_step - 1) / row_step * row_step; };
+  const int64_t part_rows = whole_steps((p.rows + row_parts - 1) / row_parts);
+  const int64_t rows_at_once = whole_steps(kRowsAtOnce);  // or a part's last step would be decoded for by itself
 
   parallel_for(0, row_parts * column_parts, 1, [&](int64_t begin, int64_t end) {
     static thread_local Workspace scratch;
@@ -95,8 +97,8 @@ void multiply_in_tiles(const Product& p) {
       const int64_t column_part = part % column_parts;
       const int64_t column_begin = tiles * column_part / column_parts * kTileColumns;
       const int64_t column_end = std::min(p.columns, tiles * (column_part + 1) / column_parts * kTileColumns);
-      for (int64_t row = part / column_parts * part_rows; row < row_end; row += kRowsAtOnce) {
-        const int64_t until = std::min(row + kRowsAtOnce, row_end);
+      for (int64_t row = part / column_parts * part_rows; row < row_end; row += rows_at_once) {
+        const int64_t until = std::min(row + rows_at_once, row_end);
         k.product(&p, row, until, column_begin, column_end, scratch.reserve(k.product_scratch_bytes(until - row)));
       }
     }
