@@ -78,9 +78,9 @@ def int4_quantize(
     if weight.dtype not in (torch.float32, torch.bfloat16):
         weight = weight.float()
     codes, scales = torch.ops.entrenar.int4_quantize(weight.detach(), block, scale_dtype, fit == "mse")
-    finite = scales.view(scale_dtype).isfinite()
-    if not finite.all():
-        _explain_bad_scale(weight, finite, block, name)
+    values = scales.view(scale_dtype)
+    if values.numel() > 0 and not values.abs().max().isfinite():
+        _explain_bad_scale(weight, values.isfinite(), block, name)
     return codes, scales
 
 
