@@ -1,5 +1,6 @@
-"""Our causal attention beside torch's, forward and backward each, at the head sizes of SmolLM2-135M: 9 heads of 64
-columns that share 3 heads of keys, seen in the projections' memory.
+"""Our attention beside torch's, forward and backward each, at the head sizes of SmolLM2-135M: 9 heads of 64 columns
+that share 3 heads of keys, seen in the projections' memory. "padded" is by such a mask as transformers makes where rows
+have padding: here the first begins with an eighth of it.
 
 times_ours is torch's time over ours; floor_ms what the products under the diagonal, or the bytes, take at least on this
 machine, and of_floor its fraction of our time.
@@ -8,6 +9,7 @@ machine, and of_floor its fraction of our time.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import Floor, Work, floor, interleaved, print_table, ratio, refuse_if_red, write
-from entrenar.autograd import ops
+from entrenar.autograd.ops import attention
 
 TESTS = ("tests/autograd/test_attention.py",)
 HEADS, KV_HEADS, HEAD = 9, 3, 64
@@ -45,35 +47,42 @@ def measure(rounds: int, machine: Floor) -> list[dict[str, Any]]:
             )
             dy = torch.randn_like(query)
 
-            def forward(op: Callable[..., Tensor], args: tuple[Tensor, ...] = (query, key, value)) -> Tensor:
-                return op(*args, is_causal=True, enable_gqa=True)
-
-            contenders = {"ours": ops.attention, "torch": F.scaled_dot_product_attention}
-            outputs = {name: forward(op) for name, op in contenders.items()}
-
-            def backward(y: Tensor, args: tuple[Tensor, ...] = (query, key, value), dy: Tensor = dy) -> None:
-                torch.autograd.grad(y, args, dy, retain_graph=True)
-
-            steps = {
-                "forward": {name: lambda op=op, f=forward: f(op) for name, op in contenders.items()},
-                "backward": {name: lambda y=y, f=backward: f(y) for name, y in outputs.items()},
-            }
-            for step, calls in steps.items():
-                seconds = interleaved(calls, rounds)
-                least = work(batch, tokens, dtype, backward=step == "backward")
-                rows.append(
-                    {
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "batch": batch,
-                        "tokens": tokens,
-                        "step": step,
-                        "ours_ms": round(1e3 * statistics.median(seconds["ours"]), 3),
-                        "torch_ms": round(1e3 * statistics.median(seconds["torch"]), 3),
-                        "times_ours": round(ratio(seconds["torch"], seconds["ours"]), 3),
-                        **machine.columns(least, seconds["ours"]),
-                    }
-                )
+            for kind, seen in {"causal": {"is_causal": True}, "padded": {"attn_mask": padded(batch, tokens)}}.items():
+                for step, calls in steps((query, key, value), dy, enable_gqa=True, **seen).items():
+                    seconds = interleaved(calls, rounds)
+                    least = work(batch, tokens, dtype, backward=step == "backward")
+                    rows.append(
+                        {
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "batch": batch,
+                            "tokens": tokens,
+                            "kind": kind,
+                            "step": step,
+                            "ours_ms": round(1e3 * statistics.median(seconds["ours"]), 3),
+                            "torch_ms": round(1e3 * statistics.median(seconds["torch"]), 3),
+                            "times_ours": round(ratio(seconds["torch"], seconds["ours"]), 3),
+                            **machine.columns(least, seconds["ours"]),
+                        }
+                    )
     return rows
+
+
+def padded(batch: int, tokens: int) -> Tensor:
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(batch, 1, tokens, tokens).clone()
+    mask[0, :, :, : tokens // 8] = False
+    return mask
+
+
+def steps(args: tuple[Tensor, ...], dy: Tensor, **settings: Any) -> dict[str, dict[str, Callable[[], Any]]]:
+    """The contenders' calls, forward and backward."""
+    ops = {"ours": attention, "torch": F.scaled_dot_product_attention}
+    outputs = {name: op(*args, **settings) for name, op in ops.items()}
+    return {
+        "forward": {name: functools.partial(op, *args, **settings) for name, op in ops.items()},
+        "backward": {
+            name: functools.partial(torch.autograd.grad, y, args, dy, retain_graph=True) for name, y in outputs.items()
+        },
+    }
 
 
 def main() -> None:

@@ -28,7 +28,8 @@ def bars(folder: Path) -> Iterator[Bar]:
             yield f"{row['layers']}, forward + backward: {row['contender']}", row["times_ours"]
     for row in _read(folder, "attention"):
         if row["dtype"] == "bfloat16":
-            yield f"attention {row['batch']} x {row['tokens']}, {row['step']}: torch", row["times_ours"]
+            kind = row.get("kind", "causal")
+            yield f"{kind} attention {row['batch']} x {row['tokens']}, {row['step']}: torch", row["times_ours"]
     for row in _read(folder, "ops"):
         if row["dtype"] == "bfloat16":
             yield f"{row['op']}: torch", row["times_ours"]
