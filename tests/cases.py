@@ -170,6 +170,29 @@ def attention_reference(
     return (y.to(q.dtype),)
 
 
+def masked_attention_arguments(sample: str, dtype: torch.dtype) -> tuple:
+    """Causal with padding on both sides, or any boolean mask, or one that is added to the scores."""
+    q, k, v, _, scale, causal = attention_arguments(sample, dtype)
+    batch, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    if causal and queries == keys:
+        places = torch.arange(keys)
+        mask = (places >= keys // 5) & (places < keys - keys // 7) & (places <= places.unsqueeze(-1))
+        return q, k, v, mask.expand(batch, 1, -1, -1), scale
+    mask = torch.rand(batch, 1, queries, keys) < 0.7
+    return q, k, v, mask if causal else torch.randn(heads, queries, keys).to(dtype).masked_fill(~mask, -math.inf), scale
+
+
+def masked_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, ...]:
+    shared = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(shared, 1) for x in (k, v))
+    bias = (
+        torch.zeros_like(mask, dtype=torch.double).masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else mask
+    )
+    p = (scale * q.double() @ k.mT + bias.double()).softmax(-1).nan_to_num()  # a query may see nothing
+    return ((p @ v).to(q.dtype),)
+
+
 CASES = {
     "cross_entropy_losses": Case(
         ops.cross_entropy_losses.default, cross_entropy_losses_reference, losses_arguments, (*SIZES, *STRIDED)
@@ -211,4 +234,10 @@ CASES = {
     ),
     "attention": Case(ops.attention.default, attention_reference, attention_arguments, tuple(ATTENTION_SIZES)),
     "packed attention": Case(ops.attention.default, attention_reference, packed_attention_arguments, tuple(PACKED)),
+    "masked attention": Case(
+        ops.masked_attention.default,
+        masked_attention_reference,
+        masked_attention_arguments,
+        tuple(ATTENTION_SIZES),
+    ),
 }
