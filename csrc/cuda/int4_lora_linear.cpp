@@ -155,13 +155,12 @@ Back project_back(const Tensor& x, const Tensors& dys, const Tensors& us, const 
   for (size_t i = 0; i < layers.size(); i++) {
     down.push_back({dys[i], factors[i], dus[i]});
     gradients.push_back({dus[i], x, false});
-    gradients.push_back({lows[i], dys[i], true});
   }
+  for (size_t i = 0; i < layers.size(); i++) gradients.push_back({lows[i], dys[i], true});
   project(down, scaling);
   const Tensors both = outer(gradients);
-  Back back = {{all}, {}, {}};
-  for (size_t i = 0; i < both.size(); i++) (i % 2 ? back.dB : back.dA).push_back(both[i]);
-  return back;
+  const auto dB = both.begin() + static_cast<std::ptrdiff_t>(layers.size());
+  return {{all}, {both.begin(), dB}, {dB, both.end()}};
 }
 
 Tensor stacked_A(const std::vector<Layer>& layers) {

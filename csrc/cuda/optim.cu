@@ -465,7 +465,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   for (int k = 0; k < kStates; k++) fill_table(memory.tables[k], *call.codebooks[k]);
   __syncthreads();
 
-  wait_for_kernel_before();  // which prepares the steps, and nothing else
+  wait_for_kernel_before();  // prepare_kernel alone: those before it have ended when that begins
   int of = -1;  // the tensor of
   OptimStep step = {};
   AdamBounds bounds;

@@ -406,10 +406,7 @@ int skinny_project_cuda(const Projection* projections, int64_t count, int64_t ro
 
 int64_t skinny_outer_parts(const OuterProduct* products, int64_t count, int64_t rows) {
   int64_t blocks = 0;
-  for (int64_t begin = 0; begin < count; begin += kMostAtOnce) {
-    const Together<OuterProduct> all(products + begin, count - begin);
-    blocks += all.count * divide_up(all.most_columns, kOuterColumns);
-  }
+  for (int64_t i = 0; i < count; i++) blocks += divide_up(products[i].columns, kOuterColumns);
   const int64_t wanted = kOuterBlocks / std::max<int64_t>(1, blocks);
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, rows / (kWarps * kOuterStep)));
 }

@@ -87,7 +87,7 @@ class FusedAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         cu_seq_lens_q: Tensor | None = None,
-        is_causal: bool | None = None,
+        mask_is_causal: bool = False,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Map hidden_states [B, T, width] to the same shape; the second result stands for weights that do not exist.
@@ -99,8 +99,8 @@ class FusedAttention(nn.Module):
             cu_seq_lens_q: integers [n + 1], named as transformers names them: a batch of one row holds n sequences, the
                 i-th from cu_seq_lens_q[i] up to cu_seq_lens_q[i + 1]. A token sees the earlier ones of its sequence,
                 and the mask is not looked at.
-            is_causal: True says, by transformers' name for it, that each token sees the earlier ones of its row, all of
-                them. The mask then says nothing else, and is not looked at, unless a window is shorter than the rows.
+            mask_is_causal: the mask says that each token sees the earlier ones of its row, and nothing else: it is not
+                looked at, unless a window is shorter than the rows, or there is a cache.
 
         Raises ValueError for packed sequences that `packs` says are not taken.
         """
@@ -118,7 +118,7 @@ class FusedAttention(nn.Module):
         )
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        if is_causal and (self.window is None or q.shape[2] <= self.window):
+        if mask_is_causal and past_key_values is None and (self.window is None or q.shape[2] <= self.window):
             attention_mask = None
         if cu_seq_lens_q is None:
             o = self._attend(q, k, v, attention_mask)

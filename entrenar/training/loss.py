@@ -45,11 +45,11 @@ def causal_lm_loss(
         shapes = [[*ids.shape] for ids in (input_ids, labels) if ids is not None]
         raise ValueError(f"input_ids and labels must both be [batch, tokens], not {' and '.join(map(str, shapes))}")
     inputs: dict[str, Any] = {"input_ids": input_ids}
-    if offsets is None and any(isinstance(module, FusedAttention) for module in model.modules()):
-        inputs["is_causal"] = True  # in a CUDA graph transformers would make a mask that says so
-    elif offsets is not None:
+    if offsets is not None:
         inputs |= packed_inputs(input_ids, offsets)
         labels = (input_ids if labels is None else labels).masked_fill(inputs["position_ids"] == 0, IGNORED)
+    elif any(isinstance(module, FusedAttention) for module in model.modules()):
+        inputs["mask_is_causal"] = True  # where transformers makes one, as while a CUDA graph is captured
     rows, targets = _predicting(input_ids) if labels is None else _labelled(labels)
     if not len(rows):
         raise ValueError("no position predicts a label: every label after the first token is -100")

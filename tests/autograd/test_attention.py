@@ -524,9 +524,10 @@ def test_kernel_under_vmap():
         torch.testing.assert_close(mapped, expected)
 
 
-def test_kernels_backward_under_vmap():
+@pytest.mark.parametrize("masked", [False, True])
+def test_kernels_backward_under_vmap(masked):
     args = [torch.randn(2, 2, 9, 8, requires_grad=True) for _ in range(3)]
-    y = attention(*args)
+    y = attention(*args, torch.rand(9, 9) < 0.7 if masked else None)
     dys = torch.randn(3, *y.shape)
     mapped = torch.func.vmap(lambda dy: torch.autograd.grad(y, args, dy, retain_graph=True))(dys)
     for i, dy in enumerate(dys):

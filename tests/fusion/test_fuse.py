@@ -94,7 +94,7 @@ def test_a_mask_is_looked_at_where_it_says_more_than_causal(family, settings, lo
 
     monkeypatch.setattr(fused_attention, "attention", attend)
     mask = torch.ones(18, 18, dtype=torch.bool).tril().triu(-settings.get("sliding_window", 18) + 1).view(1, 1, 18, 18)
-    found = fused(ids(), attention_mask=mask, is_causal=True, use_cache=False).logits
+    found = fused(ids(), attention_mask=mask, mask_is_causal=True, use_cache=False).logits
     torch.testing.assert_close(found, plain(ids(), use_cache=False).logits, rtol=1e-4, atol=1e-5)
     assert [mask is not None for mask in masks] == [looked_at] * len(masks)
     assert masks

@@ -22,8 +22,8 @@ constexpr bool kDotPairs = true;
 constexpr bool kDotPairs = false;
 #endif
 
-// Whether what the next rows need is asked for in the order of memory: AMD's processors read sixteen rows side by side at
-// half the speed.
+// Whether what the next rows need is asked for in the order of memory, and not for sixteen rows side by side: with one row
+// of x a Zen 4 then reads codes at 25 GB/s instead of 18. A Xeon with AMX was measured side by side alone.
 #if defined(__AMX_BF16__)
 constexpr bool kInOrder = false;
 #else

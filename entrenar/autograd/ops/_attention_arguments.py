@@ -50,9 +50,20 @@ def nothing(q: Tensor, k: Tensor) -> bool:
     return 0 in (*q.shape[:3], k.shape[2])
 
 
-def zeros(like: Tensor, columns: int) -> Tensor:
-    batch, heads, rows, _ = like.shape
-    return like.new_zeros(batch, rows, heads, columns).transpose(1, 2)
+def new_heads(x: Tensor, columns: int) -> Tensor:
+    """Memory for [B, H, T, columns], as for `tokens`."""
+    batch, heads, rows, _ = x.shape
+    return x.new_empty(batch, rows, heads, columns).transpose(1, 2)
+
+
+def no_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and the logarithms, of queries that see nothing."""
+    return new_heads(q, v.shape[-1]).zero_(), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
+
+
+def no_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (new_heads(x, x.shape[-1]).zero_() for x in (q, k, v))
+    return dq, dk, dv
 
 
 def repeat(x: Tensor, heads: int, dim: int) -> Tensor:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from entrenar.autograd.ops._attention_arguments import bias_of, check, check_results, nothing, repeat, tokens, zeros
+from entrenar.autograd.ops._attention_arguments import (
+    bias_of,
+    check,
+    check_results,
+    no_gradients,
+    no_results,
+    nothing,
+    repeat,
+    tokens,
+)
 from entrenar.autograd.ops._library import library
 
 
@@ -16,10 +25,10 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     """`torch.ops.entrenar.masked_attention` of tensors on the CPU."""
     check(q, k, v, None, False)
     if nothing(q, k):
-        return zeros(q, v.shape[-1]), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
+        return no_results(q, v)
     if (bounds := _bounds(mask, q, k)) is None:
         return _flash_forward(q, k, v, mask, scale)
-    o, lse = zeros(q, v.shape[-1]), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
+    o, lse = no_results(q, v)
     for batch, rows, keys, causal in _parts(bounds, q.shape[2]):
         queries, seen = (batch, slice(None), rows), (batch, slice(None), keys)
         o[queries], lse[queries] = torch.ops.entrenar.attention(q[queries], k[seen], v[seen], None, scale, causal)
@@ -32,7 +41,7 @@ def masked_attention_backward(
     """`torch.ops.entrenar.masked_attention_backward` of tensors on the CPU."""
     check(q, k, v, None, False)
     check_results(d_o, q, v, o, lse)
-    dq, dk, dv = (zeros(x, x.shape[-1]) for x in (q, k, v))
+    dq, dk, dv = no_gradients(q, k, v)
     if nothing(q, k):
         return dq, dk, dv
     if (bounds := _bounds(mask, q, k)) is None:

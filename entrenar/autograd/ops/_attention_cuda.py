@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from entrenar.autograd.ops._attention_arguments import bias_of, check, check_results, nothing, repeat, tokens, zeros
+from entrenar.autograd.ops._attention_arguments import (
+    bias_of,
+    check,
+    check_results,
+    no_gradients,
+    no_results,
+    nothing,
+    repeat,
+    tokens,
+)
 from entrenar.autograd.ops._library import library
 
 COLUMNS = 8
@@ -33,7 +42,7 @@ def attention(
     """`torch.ops.entrenar.attention` of tensors on CUDA."""
     check(q, k, v, offsets, causal)
     if nothing(q, k):
-        return zeros(q, v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
+        return no_results(q, v)
     if scale <= 0:
         q, scale, _ = _scaled_up(q, scale)
     if q.dtype is torch.float32 and offsets is not None:
@@ -65,7 +74,7 @@ def attention_backward(
     check(q, k, v, offsets, causal)
     check_results(d_o, q, v, o, lse)
     if nothing(q, k):
-        return zeros(q, q.shape[-1]), zeros(k, k.shape[-1]), zeros(v, v.shape[-1])
+        return no_gradients(q, k, v)
     if scale <= 0:
         q, scale, factor = _scaled_up(q, scale)
         dq, dk, dv = attention_backward(d_o, q, k, v, o, lse, offsets, scale, causal)
@@ -92,7 +101,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     """`torch.ops.entrenar.masked_attention`."""
     check(q, k, v, None, False)
     if nothing(q, k):
-        return zeros(q, v.shape[-1]), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
+        return no_results(q, v)
     bias, blind = bias_of(mask, q, k)
     if scale <= 0:
         q, scale, _ = _scaled_up(q, scale)
@@ -109,15 +118,15 @@ def masked_attention_backward(
     check(q, k, v, None, False)
     check_results(d_o, q, v, o, lse)
     if nothing(q, k):
-        return zeros(q, q.shape[-1]), zeros(k, k.shape[-1]), zeros(v, v.shape[-1])
-    factor = 1.0
-    bias, blind = bias_of(mask, q, k)
+        return no_gradients(q, k, v)
     if scale <= 0:
         q, scale, factor = _scaled_up(q, scale)
+        dq, dk, dv = masked_attention_backward(d_o, q, k, v, o, lse, mask, scale)
+        return dq.mul_(factor), dk, dv
+    bias, blind = bias_of(mask, q, k)
     width, columns = _width(q, v), q.shape[-1]
     d_o, q, k, value, o = (_rows(x, width) for x in (d_o.masked_fill(blind, 0), q, k, v, o))
     dq, dk, dv = _efficient_backward(d_o, q, k, value, o.contiguous(), lse, scale, False, bias)
-    dq = dq if factor == 1 else dq.mul_(factor)
     return _heads(dq, columns), _heads(dk, columns), _heads(dv, v.shape[-1])
 
 

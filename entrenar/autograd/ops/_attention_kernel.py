@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entrenar.autograd.ops._attention_arguments import new_heads
 from entrenar.autograd.ops._library import define, library
 
 MAX_COLUMNS = 256
@@ -103,15 +104,10 @@ def _of_heads(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return mask
 
 
-def _new_heads(x: Tensor, columns: int) -> Tensor:
-    batch, heads, rows, _ = x.shape
-    return x.new_empty(batch, rows, heads, columns).transpose(1, 2)
-
-
 def _attention_fake(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    return _new_heads(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return new_heads(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def _attention_backward_fake(
@@ -125,7 +121,7 @@ def _attention_backward_fake(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_heads(q, q.shape[-1]), _new_heads(k, k.shape[-1]), _new_heads(v, v.shape[-1])
+    return new_heads(q, q.shape[-1]), new_heads(k, k.shape[-1]), new_heads(v, v.shape[-1])
 
 
 define(

@@ -179,7 +179,8 @@ class AttentionFunction(Function):
         query, key, value, attn_mask, *kept = ctx.saved_tensors
         settings = ctx.settings
         gradients: tuple[Tensor | None, ...]
-        if ctx.by_kernel and not torch.is_grad_enabled():  # a kernel's gradients could not be differentiated again
+        takes = attn_mask is None or takes_mask(query, attn_mask)
+        if ctx.by_kernel and takes and not torch.is_grad_enabled():  # its gradients could not be differentiated again
             output, lse = kept
             gradients = attention_backward(
                 d_output, query, key, value, output, lse, None, settings.scale, settings.is_causal, attn_mask
