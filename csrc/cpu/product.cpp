@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "../int4.h"
@@ -78,28 +79,43 @@ constexpr int64_t kFarBytes = 1 << 19;  // of y, which the second-level cache wo
 constexpr int64_t kExactRows = 16;    // that int8 leaves alone
 constexpr int64_t kRowsAtOnce = 512;  // whose sums fit the second-level cache beside a tile
 
+// What a thread begins with; when it is done it takes from what others have left.
+struct Part {
+  int64_t row_begin, row_end, column_begin, column_end;
+  std::atomic<int64_t> taken;  // of its pieces
+};
+
 void multiply_in_tiles(const Product& p) {
+  const Kernels& k = kernels();
   const int64_t threads = get_num_threads();
   const int64_t tiles = (p.columns + kTileColumns - 1) / kTileColumns;
   // Rows are split first, for then each thread reads its own part of x.
-  const int64_t row_parts = std::clamp<int64_t>(p.rows / kernels().rows_to_split, 1, threads);
+  const int64_t row_parts = std::clamp<int64_t>(p.rows / k.rows_to_split, 1, threads);
   const int64_t column_parts = std::min((threads + row_parts - 1) / row_parts, tiles);
-  const int64_t row_step = kernels().row_step;
-  const auto whole_steps = [row_step](int64_t rows) { return (rows + row_step - 1) / row_step * row_step; };
+  const auto whole_steps = [&k](int64_t rows) { return (rows + k.row_step - 1) / k.row_step * k.row_step; };
   const int64_t part_rows = whole_steps((p.rows + row_parts - 1) / row_parts);
   const int64_t rows_at_once = whole_steps(kRowsAtOnce);  // or a part's last step would be decoded for by itself
 
-  parallel_for(0, row_parts * column_parts, 1, [&](int64_t begin, int64_t end) {
-    static thread_local Workspace scratch;
-    const Kernels& k = kernels();
-    for (int64_t part = begin; part < end; part++) {
-      const int64_t row_end = std::min(p.rows, (part / column_parts + 1) * part_rows);
-      const int64_t column_part = part % column_parts;
-      const int64_t column_begin = tiles * column_part / column_parts * kTileColumns;
-      const int64_t column_end = std::min(p.columns, tiles * (column_part + 1) / column_parts * kTileColumns);
-      for (int64_t row = part / column_parts * part_rows; row < row_end; row += rows_at_once) {
-        const int64_t until = std::min(row + rows_at_once, row_end);
-        k.product(&p, row, until, column_begin, column_end, scratch.reserve(k.product_scratch_bytes(until - row)));
+  std::vector<Part> parts(row_parts * column_parts);
+  for (size_t i = 0; i < parts.size(); i++) {
+    const int64_t row = i / column_parts * part_rows, column = i % column_parts;
+    parts[i].row_begin = std::min(p.rows, row), parts[i].row_end = std::min(p.rows, row + part_rows);
+    parts[i].column_begin = tiles * column / column_parts * kTileColumns;
+    parts[i].column_end = std::min(p.columns, tiles * (column + 1) / column_parts * kTileColumns);
+  }
+
+  parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
+    static thread_local Workspace workspace;
+    void* scratch = workspace.reserve(k.product_scratch_bytes(std::min(part_rows, rows_at_once)));
+    for (size_t i = begin; i < end + parts.size() - 1; i++) {
+      Part& part = parts[i % parts.size()];
+      const int64_t across = (part.column_end - part.column_begin + k.columns_at_once - 1) / k.columns_at_once;
+      const int64_t pieces = (part.row_end - part.row_begin + rows_at_once - 1) / rows_at_once * across;
+      for (int64_t piece = part.taken++; piece < pieces; piece = part.taken++) {
+        const int64_t row = part.row_begin + piece / across * rows_at_once;
+        const int64_t column = part.column_begin + piece % across * k.columns_at_once;
+        k.product(&p, row, std::min(row + rows_at_once, part.row_end), column,
+                  std::min(column + k.columns_at_once, part.column_end), scratch);
       }
     }
   });

@@ -73,6 +73,7 @@ struct Kernels {
   int64_t (*product_scratch_bytes)(int64_t rows);
   int64_t rows_to_split;  // a weight is decoded anew for each part of the rows, which is little from this many on
   int64_t row_step;       // of a whole number of microkernels
+  int64_t columns_at_once;  // for which the same part of x is read, or a multiple of them
 
   // The same for at most `max_dot_rows` rows and op = transpose, straight from the codes, whose values are not rounded.
   // Here x is groups of 32 elements as pack_rows leaves them: as pairs for codes where the level multiplies those.

@@ -10,7 +10,7 @@ using namespace entrenar;
 
 #if defined(__AMX_BF16__)
 
-constexpr int64_t kRowsToSplit = 512, kRowStep = amx::kTall;
+constexpr int64_t kRowsToSplit = 512, kRowStep = amx::kTall, kColumnsAtOnce = amx::kStrip;
 
 void product(const Product* p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
              void* scratch) {
@@ -51,7 +51,7 @@ bool wants_tiles(int64_t, int64_t) { return false; }
 constexpr int64_t (*tiled_stride)(int64_t) = nullptr;
 constexpr void (*to_tiles)(const void*, int64_t, int64_t, bool, int64_t, int64_t, uint32_t*) = nullptr;
 
-constexpr int64_t kRowsToSplit = 192, kRowStep = 12;
+constexpr int64_t kRowsToSplit = 192, kRowStep = 12, kColumnsAtOnce = kTileColumns;
 
 void product(const Product* p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
              void* scratch) {

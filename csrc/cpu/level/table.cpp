@@ -18,7 +18,7 @@ namespace entrenar {
 const Kernels LEVELED(kernels) = {
     kBFloat16Units, quantize, dequantize, units_stride, to_units, wants_tiles, tiled_stride, to_tiles, to_int8, product,
     product_scratch_bytes, kRowsToSplit,
-    kRowStep, dot, max_dot_rows, kDotPairs, pack_rows, pack_outer, outer,
+    kRowStep, kColumnsAtOnce, dot, max_dot_rows, kDotPairs, pack_rows, pack_outer, outer,
     attention_tile_words, attention_pack, attention_scratch_bytes, attention_forward, attention_backward, attention_sum,
     cross_entropy, linear_cross_entropy, linear_cross_entropy_bytes,
     binary, swiglu_backward, rms_norm, rms_norm_backward, layer_norm_backward, add_sums, softmax_backward, rotary,
