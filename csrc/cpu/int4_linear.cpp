@@ -16,7 +16,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, s
   const Tensor input = torch::stable::contiguous(x);
   const Term term = {input, int4_weight(codes, scales, x.size(-1), block)};
   Tensor y = empty_with_last(input, term.w.rows);
-  multiply(&term, 1, true, 1.0f, bias, y, int8);
+  multiply(&term, 1, true, 1.0f, bias, y, int8 ? rounded_to_int8(input, term.w) : std::nullopt);
   return y;
 }
 

@@ -54,10 +54,11 @@ Tensors project_down(const Tensor& x, const std::vector<Layer>& layers, double s
 Tensors project_up(const Tensor& x, const Tensors& us, const std::vector<Layer>& layers, const Biases& biases,
                    bool int8) {
   Tensors ys;
+  const std::optional<Int8Rows> rounded = int8 ? rounded_to_int8(x, layers[0].w) : std::nullopt;
   for (size_t i = 0; i < layers.size(); i++) {
     Tensor y = empty_with_last(x, layers[i].w.rows);
     const Term terms[] = {{x, layers[i].w}, {us[i], B_of(layers[i])}};
-    multiply(terms, 2, true, 1.0f, biases[i], y, int8);
+    multiply(terms, 2, true, 1.0f, biases[i], y, rounded);
     ys.push_back(y);
   }
   return ys;

@@ -45,24 +45,6 @@ Units tiles_of(const Tensor& x, int64_t rows, int64_t columns, bool coded, Works
   return {tiles, stride};
 }
 
-// x rounded to int8, in the workspace.
-Int8Rows int8_of(const Tensor& x, int64_t rows, const Weight& w, Workspace& workspace) {
-  const int64_t stride = int4::groups(w.columns) * int4::kGroup, blocks = int4::blocks(w.columns, w.block);
-  Int8Rows out = {nullptr, nullptr, nullptr, stride, blocks};
-  out.scales = static_cast<float*>(workspace.reserve(rows * (stride + 8 * blocks)));
-  out.corrections = reinterpret_cast<int32_t*>(out.scales + rows * blocks);
-  out.codes = reinterpret_cast<int8_t*>(out.corrections + rows * blocks);
-  const Dtype dtype = dtype_of(x, "x");
-  const auto* from = static_cast<const char*>(x.const_data_ptr());
-  const int64_t row_bytes = w.columns * (dtype == kFloat32 ? 4 : 2);
-  parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, stride)), [&](int64_t begin, int64_t end) {
-    const Int8Rows part = {out.codes + begin * stride, out.scales + begin * blocks, out.corrections + begin * blocks,
-                           stride, blocks};
-    kernels().to_int8(from + begin * row_bytes, dtype, end - begin, w.columns, w.block, &part);
-  });
-  return out;
-}
-
 // Few rows of x as the units that the dot kernel reads.
 Units packed_rows_of(const Tensor& x, int64_t rows, int64_t columns, bool pairs, Workspace& workspace) {
   const Dtype dtype = dtype_of(x, "x");
@@ -76,7 +58,6 @@ Units packed_rows_of(const Tensor& x, int64_t rows, int64_t columns, bool pairs,
 }
 
 constexpr int64_t kFarBytes = 1 << 19;  // of y, which the second-level cache would not keep beside x and a weight
-constexpr int64_t kExactRows = 16;    // that int8 leaves alone
 constexpr int64_t kRowsAtOnce = 512;  // whose sums fit the second-level cache beside a tile
 
 // What a thread begins with; when it is done it takes from what others have left.
@@ -123,8 +104,28 @@ void multiply_in_tiles(const Product& p) {
 
 }  // namespace
 
+std::optional<Int8Rows> rounded_to_int8(const Tensor& x, const Weight& w) {
+  constexpr int64_t kExactRows = 16;
+  static thread_local Workspace workspace;
+  const int64_t rows = rows_of(x);
+  if (rows <= kExactRows) return std::nullopt;
+
+  const int64_t stride = int4::groups(w.columns) * int4::kGroup, blocks = int4::blocks(w.columns, w.block);
+  Int8Rows out = {nullptr, nullptr, stride, blocks};
+  out.scales = static_cast<float*>(workspace.reserve(rows * (stride + 4 * blocks)));
+  out.codes = reinterpret_cast<uint8_t*>(out.scales + rows * blocks);
+  const Dtype dtype = dtype_of(x, "x");
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  const int64_t row_bytes = w.columns * (dtype == kFloat32 ? 4 : 2);
+  parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, stride)), [&](int64_t begin, int64_t end) {
+    const Int8Rows part = {out.codes + begin * stride, out.scales + begin * blocks, stride, blocks};
+    kernels().to_int8(from + begin * row_bytes, dtype, end - begin, w.columns, w.block, &part);
+  });
+  return out;
+}
+
 void multiply(const Term* terms, int count, bool transposed, float scale, const std::optional<Tensor>& bias, Tensor& y,
-              bool int8) {
+              const std::optional<Int8Rows>& int8) {
   static thread_local Workspace units[kMaxTerms];
   Product p = {};
   p.dtype = dtype_of(terms[0].x, "x");
@@ -140,7 +141,7 @@ void multiply(const Term* terms, int count, bool transposed, float scale, const 
 
   const Kernels& k = kernels();
   const bool few = transposed && p.rows <= k.max_dot_rows(p.dtype);
-  const bool rounds = int8 && transposed && p.rows > kExactRows;
+  const bool rounds = int8 && !few;
   const bool bfloat16_units = p.dtype == kBFloat16 && k.bfloat16_units;
   p.tiles = transposed && !few && !rounds && p.dtype == kBFloat16 && k.wants_tiles(p.rows, p.columns);
   for (int i = 0; i < count; i++) {
@@ -154,7 +155,7 @@ void multiply(const Term* terms, int count, bool transposed, float scale, const 
     const int t = p.terms++;
     p.w[t] = w;
     if (i == 0 && rounds) {
-      p.int8 = int8_of(x, p.rows, w, units[t]);
+      p.int8 = *int8;
     } else if (p.tiles) {
       p.x[t] = tiles_of(x, p.rows, contraction, w.codes != nullptr, units[t]);
     } else {

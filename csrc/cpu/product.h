@@ -14,9 +14,13 @@ struct Term {
   Weight w;
 };
 
-// y = scale * (x0 op(w0) + x1 op(w1) + ...) + bias, where op transposes or not; y [rows, columns] has x's dtype. With
-// `int8`, a transposed product rounds x0 to int8 for its int4 w0, unless the rows are so few that memory is the limit.
+// x rounded to int8 for products with int4 weights of w's columns and block, until the thread's next call; nothing where
+// the rows are so few that memory is the limit.
+std::optional<Int8Rows> rounded_to_int8(const Tensor& x, const Weight& w);
+
+// y = scale * (x0 op(w0) + x1 op(w1) + ...) + bias, where op transposes or not; y [rows, columns] has x's dtype. In a
+// transposed product `int8` may stand for x0, and w0 is int4 then.
 void multiply(const Term* terms, int count, bool transposed, float scale, const std::optional<Tensor>& bias, Tensor& y,
-              bool int8 = false);
+              const std::optional<Int8Rows>& int8 = std::nullopt);
 
 }  // namespace entrenar

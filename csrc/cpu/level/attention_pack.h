@@ -3,6 +3,8 @@
 
 #include "attention_block.h"
 #include "probability.h"
+#include "transpose.h"
+#include "units.h"
 
 namespace {
 

@@ -90,8 +90,6 @@ inline vfloat keep_some(vfloat value, int64_t count) {
   return value;
 }
 
-#define INLINE __attribute__((always_inline))
-
 // body(i, count) for the vectors of [0, size): element i is the first of `count` ones.
 template <class Body>
 inline void for_vectors(int64_t size, Body body) {

@@ -18,11 +18,10 @@ struct Units {
   int64_t stride;
 };
 
-// A matrix rounded to int8 by blocks of its rows, with a float32 scale and a correction for each.
+// A matrix rounded to int8 by blocks of its rows, with a float32 scale for each.
 struct Int8Rows {
-  int8_t* codes;  // rows of `stride` bytes, zeros past their end
+  uint8_t* codes;  // plus 128; rows of `stride` bytes, zeros past their end
   float* scales;
-  int32_t* corrections;
   int64_t stride, blocks;
 };
 
@@ -134,7 +133,6 @@ struct Kernels {
 constexpr int64_t sums_stride(int64_t columns) { return (columns + 15) / 16 * 16; }
 
 constexpr int64_t kTileColumns = 64;
-constexpr int64_t kTileUnits = 192;  // at most
 constexpr int64_t kDotColumns = 16;  // that a dot makes at once
 
 extern const Kernels kernels_base;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "math.h"
-#include "product.h"
+#include "tile.h"
 
 namespace {
 

@@ -25,37 +25,11 @@ constexpr int64_t kTileDepthUnits = 336;  // of all weights
 constexpr int64_t kStrip = 512;           // columns of y, for which x stays in the cache
 constexpr int64_t kNearBytes = 1 << 20;   // of x, which then stays there in any case
 
-// A part of a term's contraction, in the tile from unit `unit` on.
-struct Piece {
-  int term;
-  int64_t begin, depth, unit, units;
-};
-
-// Goes through the contraction of all terms, as many parts at a time as fit a tile.
-struct Cursor {
-  const Product& p;
-  int term = 0;
-  int64_t begin = 0;
-  int count = 0;
-  Piece pieces[kMaxTerms] = {};
-  int64_t units = 0;
-
-  bool done() const { return term == p.terms; }
-
-  void next() {
-    for (count = 0, units = 0; !done() && count < kMaxTerms;) {
-      const Weight& w = p.w[term];
-      const int64_t contraction = p.transposed ? w.columns : w.rows;
-      const int64_t step = (tile_depth(contraction, p.tiles ? kRowsDepth : kPanelDepth) + kQuad - 1) / kQuad * kQuad;
-      const int64_t depth = contraction - begin < step ? contraction - begin : step;
-      const int64_t more = p.tiles ? row_units(depth) : (depth + kWide - 1) / kWide * kUnits;
-      if (units + more > kTileDepthUnits) return;
-      pieces[count++] = {term, begin, depth, units, more};
-      units += more, begin += depth;
-      if (begin == contraction) term++, begin = 0;
-    }
-  }
-};
+// Where x is the panel, and where it is the rows.
+TileSizes tile_sizes(const Product& p) {
+  return p.tiles ? TileSizes{kRowsDepth, kQuad, kQuad / 2, 2, kTileDepthUnits}
+                 : TileSizes{kPanelDepth, kQuad, kWide, 2, kTileDepthUnits};
+}
 
 struct Scratch {
   uint32_t panel[kVectors][kTileDepthUnits][kUnits];
@@ -79,7 +53,7 @@ inline void fill_columns(const Weight& w, const Piece& piece, int64_t row, int64
   for (int64_t n = 0; n < count; n++) {
     uint32_t* out = scratch->rows[n];
     if (w.codes) prefetch_next(w, piece, row + n);
-    ::Tile<true>::load_row(w, kBFloat16, row + n, piece.begin, piece.depth, out);
+    Decoded<true>::load_row(w, kBFloat16, row + n, piece.begin, piece.depth, out);
     const int64_t filled = w.codes ? int4::groups(piece.depth) * int4::kGroup / 2 : (piece.depth + 1) / 2;
     __builtin_memset(out + filled, 0, (piece.units - filled) * sizeof(uint32_t));
   }
@@ -90,7 +64,7 @@ inline void fill_columns(const Weight& w, const Piece& piece, int64_t row, int64
 inline void fill_rows(const Weight& w, const Piece& piece, int64_t column, int64_t columns, Scratch* scratch) {
   for (int64_t u = 0; u < piece.units; u++) {
     alignas(64) uint32_t unit[kTileColumns] = {};
-    if (2 * u < piece.depth) ::Tile<true>::load_unit(w, kBFloat16, piece.begin + 2 * u, column, columns, unit);
+    if (2 * u < piece.depth) Decoded<true>::load_unit(w, kBFloat16, piece.begin + 2 * u, column, columns, unit);
     for (int v = 0; v < kVectors; v++) {
       ::store(scratch->panel[v][piece.unit + u], ::load<vuint>(unit + v * kUnits));
     }
@@ -136,7 +110,7 @@ void product_of_panels(const Product& p, int64_t row_begin, int64_t row_end, int
   const Registers registers;
   for (int64_t strip = column_begin; strip < column_end; strip += kStrip) {
     const int64_t strip_end = column_end - strip < kStrip ? column_end : strip + kStrip;
-    Cursor at = {p};
+    Cursor at = {p, tile_sizes(p)};
     for (bool first = true; first || !at.done(); first = false) {
       at.next();
       float* sums = scratch->sums;
@@ -194,7 +168,7 @@ void product_of_tiles(const Product& p, int64_t row_begin, int64_t row_end, int6
   const int64_t strip_width = near ? kTall : kStrip;
   for (int64_t strip = column_begin; strip < column_end; strip += strip_width) {
     const int64_t strip_end = column_end - strip < strip_width ? column_end : strip + strip_width;
-    Cursor at = {p};
+    Cursor at = {p, tile_sizes(p)};
     for (bool first = true; first || !at.done(); first = false) {
       at.next();
       float* sums = scratch->sums;

@@ -3,6 +3,7 @@
 
 #include "product.h"
 #include "product_amx.h"
+#include "units.h"
 
 namespace {
 

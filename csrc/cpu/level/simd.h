@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#define INLINE __attribute__((always_inline))
+
 namespace {
 
 namespace int4 = entrenar::int4;
