@@ -63,7 +63,7 @@ constexpr int64_t kRowsAtOnce = 512;  // whose sums fit the second-level cache b
 // What a thread begins with; when it is done it takes from what others have left.
 struct Part {
   int64_t row_begin, row_end, column_begin, column_end;
-  std::atomic<int64_t> taken;  // of its pieces
+  std::atomic<int64_t> taken;  // of its blocks
 };
 
 void multiply_in_tiles(const Product& p) {
@@ -91,10 +91,10 @@ void multiply_in_tiles(const Product& p) {
     for (size_t i = begin; i < end + parts.size() - 1; i++) {
       Part& part = parts[i % parts.size()];
       const int64_t across = (part.column_end - part.column_begin + k.columns_at_once - 1) / k.columns_at_once;
-      const int64_t pieces = (part.row_end - part.row_begin + rows_at_once - 1) / rows_at_once * across;
-      for (int64_t piece = part.taken++; piece < pieces; piece = part.taken++) {
-        const int64_t row = part.row_begin + piece / across * rows_at_once;
-        const int64_t column = part.column_begin + piece % across * k.columns_at_once;
+      const int64_t blocks = (part.row_end - part.row_begin + rows_at_once - 1) / rows_at_once * across;
+      for (int64_t block = part.taken++; block < blocks; block = part.taken++) {
+        const int64_t row = part.row_begin + block / across * rows_at_once;
+        const int64_t column = part.column_begin + block % across * k.columns_at_once;
         k.product(&p, row, std::min(row + rows_at_once, part.row_end), column,
                   std::min(column + k.columns_at_once, part.column_end), scratch);
       }

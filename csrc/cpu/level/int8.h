@@ -111,11 +111,10 @@ void fill_int8(const Weight& w, int64_t begin, int64_t depth, int64_t row, int64
   }
 }
 
-// sum += x panel for rows from `row` on and vectors from v on. Within a block the sums are whole numbers. The rows that
-// come next are `ahead` of these.
+// sum += x panel for rows from `row` on and vectors from v on. Within a block the sums are whole numbers.
 template <int kRows, int kVectors>
 INLINE inline void add_int8(vfloat (&sum)[kRows][kVectors], const Int8Rows& x, const Int8Panel& panel, int64_t row,
-                            int v, int64_t ahead) {
+                            int64_t v) {
   constexpr int64_t kLineUnits = 16;
   const int64_t units = panel.count();
   const uint8_t* codes = x.codes + row * x.stride + panel.begin;
@@ -125,7 +124,7 @@ INLINE inline void add_int8(vfloat (&sum)[kRows][kVectors], const Int8Rows& x, c
     vint total[kRows][kVectors];
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; r++) {
-      if (begin % kLineUnits == 0) __builtin_prefetch(codes + (r + ahead) * x.stride + begin * kInt8Unit, 0, 2);
+      if (begin % kLineUnits == 0) __builtin_prefetch(codes + (kRows + r) * x.stride + begin * kInt8Unit, 0, 2);
 #pragma GCC unroll 4
       for (int i = 0; i < kVectors; i++) total[r][i] = load<vint>(panel.corrections[b] + (v + i) * kLanes);
     }

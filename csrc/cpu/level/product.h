@@ -73,20 +73,19 @@ INLINE inline void store_y(const vfloat (&total)[kRows][kVectors], const Product
   }
 }
 
-// For kRows rows from `r` on, and vectors from v on. The rows that come next are `ahead` of these.
+// For kRows rows from `r` on, and vectors from v on.
 template <bool kPairs, bool kInt8, int kRows, int kVectors>
-__attribute__((noinline)) void micro(const Job& job, int64_t r, int64_t v, int64_t ahead) {
+__attribute__((noinline)) void micro(const Job& job, int64_t r, int64_t v) {
   const Product& p = job.p;
   const int64_t row = job.row_begin + r;
   float* const sums = job.scratch->sums + r * kTileColumns + v * kLanes;
   vfloat total[kRows][kVectors];
   load_sums(total, sums, job.first);
-  if (kInt8) add_int8(total, p.int8, job.scratch->int8, row, v, ahead);
+  if (kInt8) add_int8(total, p.int8, job.scratch->int8, row, v);
   for (const Piece* piece = job.at.first(); piece < job.at.last(); piece++) {
     const Units& x = p.x[piece->term];
     const Units rows = {x.data + row * x.stride + piece->begin / Tile<kPairs>::kUnit, x.stride};
-    multiply_add<kPairs, true>(total, rows, job.scratch->panel[piece->unit] + v * kLanes, piece->units,
-                               ahead * x.stride);
+    multiply_add<kPairs, true>(total, rows, job.scratch->panel[piece->unit] + v * kLanes, piece->units);
   }
   if (!job.last) {
     store_sums(total, sums);
@@ -97,19 +96,14 @@ __attribute__((noinline)) void micro(const Job& job, int64_t r, int64_t v, int64
   }
 }
 
-// Each tile takes the rows in the order opposite to the last one's, to meet what the cache still holds of them.
 template <bool kPairs, bool kInt8>
-void multiply(const Job& job, bool backwards) {
+void multiply(const Job& job) {
   const int vectors = (job.columns + kLanes - 1) / kLanes;
   for_parts<kInt8 ? kInt8Vectors : kMicroVectors>(vectors, [&](auto width, int64_t v) {
-    constexpr int kVectors = decltype(width)::kNumber, kStep = kInt8 ? kInt8Rows : micro_rows(kVectors);
-    const int64_t last = (job.rows - 1) / kStep * kStep;
-    for (int64_t first = 0; first < job.rows; first += kStep) {
-      const int64_t r = backwards ? last - first : first;
-      with_known<kStep>(job.rows - r, [&](auto height) {
-        micro<kPairs, kInt8, decltype(height)::kNumber, kVectors>(job, r, v, backwards ? -kStep : kStep);
-      });
-    }
+    constexpr int kVectors = decltype(width)::kNumber;
+    for_parts<kInt8 ? kInt8Rows : micro_rows(kVectors)>(job.rows, [&](auto height, int64_t r) {
+      micro<kPairs, kInt8, decltype(height)::kNumber, kVectors>(job, r, v);
+    });
   });
 }
 
@@ -118,7 +112,6 @@ void product_of(const Product& p, int64_t row_begin, int64_t row_end, int64_t co
                 Scratch* scratch) {
   const int64_t int8_end = p.int8.codes ? p.w[0].columns : 0;
   const int64_t int8_step = int8_end ? part_depth(int8_end, Int8Panel::kUnits * kInt8Unit, 2 * int4::kGroup) : 0;
-  bool backwards = false;
   for (int64_t column = column_begin; column < column_end; column += kTileColumns) {
     const int64_t columns = column_end - column < kTileColumns ? column_end - column : kTileColumns;
     Cursor at = {p, kTileSizes<kPairs>, p.int8.codes ? 1 : 0};
@@ -134,8 +127,8 @@ void product_of(const Product& p, int64_t row_begin, int64_t row_end, int64_t co
         fill_panel<kPairs>(p, *piece, column, columns, scratch);
       }
       job.last = rounded && at.done() && columns % kLanes == 0;
-      depth > 0 ? multiply<kPairs, true>(job, backwards) : multiply<kPairs, false>(job, backwards);
-      job.first = false, backwards = !backwards;
+      depth > 0 ? multiply<kPairs, true>(job) : multiply<kPairs, false>(job);
+      job.first = false;
     } while (int8_begin < int8_end || !at.done());
     for (int64_t r = 0; !job.last && r < job.rows; r++) {
       store_columns(p, row_begin + r, column, columns, scratch->sums + r * kTileColumns);

@@ -64,15 +64,15 @@ INLINE inline void store_sums(const vfloat (&total)[kRows][kVectors], float* sum
   }
 }
 
-// total += x panel over `units` units. With kFar the x that lies `ahead` of this one is asked for meanwhile.
+// total += x panel over `units` units. With kFar the next rows of x are asked for meanwhile.
 template <bool kPairs, bool kFar, int kRows, int kVectors>
-INLINE inline void multiply_add(vfloat (&total)[kRows][kVectors], const Units& x, const uint32_t* panel, int64_t units,
-                                [[maybe_unused]] int64_t ahead) {
+INLINE inline void multiply_add(vfloat (&total)[kRows][kVectors], const Units& x, const uint32_t* panel,
+                                int64_t units) {
   constexpr int64_t kLine = 16;
   for (int64_t u = 0; u < units; u++) {
     if (kFar && u % kLine == 0) {
 #pragma GCC unroll 12
-      for (int r = 0; r < kRows; r++) __builtin_prefetch(x.data + r * x.stride + u + ahead, 0, 2);
+      for (int r = 0; r < kRows; r++) __builtin_prefetch(x.data + (kRows + r) * x.stride + u, 0, 2);
     }
     vuint columns[kVectors];
 #pragma GCC unroll 4
@@ -115,7 +115,7 @@ template <bool kPairs, int kRows, int kVectors>
 void micro(const Units& x, const uint32_t* panel, int64_t units, float* sums, bool first) {
   vfloat total[kRows][kVectors];
   load_sums(total, sums, first);
-  multiply_add<kPairs, false>(total, x, panel, units, 0);
+  multiply_add<kPairs, false>(total, x, panel, units);
   store_sums(total, sums);
 }
 
