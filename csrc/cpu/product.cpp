@@ -70,8 +70,11 @@ void multiply_in_tiles(const Product& p) {
   const Kernels& k = kernels();
   const int64_t threads = get_num_threads();
   const int64_t tiles = (p.columns + kTileColumns - 1) / kTileColumns;
-  // Rows are split first, for then each thread reads its own part of x.
-  const int64_t row_parts = std::clamp<int64_t>(p.rows / k.rows_to_split, 1, threads);
+  // Rows are split first, for then each thread reads its own part of x, and few columns need not come out even. Of many
+  // columns each thread decodes its own instead, until the rows are too many for a cache anyway.
+  const bool many = tiles >= 16 * threads;
+  const int64_t rows_to_split = many ? std::min(2 * k.rows_to_split, kRowsAtOnce) : k.rows_to_split;
+  const int64_t row_parts = std::clamp<int64_t>(p.rows / rows_to_split, 1, threads);
   const int64_t column_parts = std::min((threads + row_parts - 1) / row_parts, tiles);
   const auto whole_steps = [&k](int64_t rows) { return (rows + k.row_step - 1) / k.row_step * k.row_step; };
   const int64_t part_rows = whole_steps((p.rows + row_parts - 1) / row_parts);
