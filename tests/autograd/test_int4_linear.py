@@ -323,6 +323,23 @@ def test_int8_leaves_gradients_and_few_rows_exact(packed):
             assert torch.equal(a, b)
 
 
+# Sizes that threads share by rows, by columns because they are many, and in blocks that each takes from the others.
+@pytest.mark.cpu("a GPU has none of the CPU's threads")
+@pytest.mark.parametrize(("rows", "outputs", "columns"), [(1100, 130, 700), (400, 3300, 70), (40, 70, 3300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_threads(rows, outputs, columns, dtype):
+    packed = int4_quantize(torch.randn(outputs, columns))
+    x, dy = torch.randn(rows, columns, dtype=dtype, requires_grad=True), torch.randn(rows, outputs, dtype=dtype)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        y = int4_linear(x, *packed)
+        results.append([y, int4_linear(x, *packed, int8=True), *torch.autograd.grad(y, x, dy)])
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 @pytest.mark.parametrize(("columns", "rank"), [(80, 4), (80, 700), (1700, 16)])
 def test_int8_does_not_touch_the_adapters_part(columns, rank, backend):
     skip_where_int8_is_refused(backend)
