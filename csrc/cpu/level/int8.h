@@ -3,7 +3,6 @@
 #pragma once
 
 #include "codec.h"
-#include "pieces.h"
 #include "tile.h"
 #include "transpose.h"
 

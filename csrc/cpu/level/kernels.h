@@ -70,9 +70,9 @@ struct Kernels {
   void (*product)(const Product* p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
                   void* scratch);
   int64_t (*product_scratch_bytes)(int64_t rows);
-  int64_t rows_to_split;  // a weight is decoded anew for each part of the rows, which is little from this many on
-  int64_t row_step;       // of a whole number of microkernels
-  int64_t columns_at_once;  // for which the same part of x is read, or a multiple of them
+  int64_t rows_to_split;    // a weight is decoded anew for each part of the rows, which is little from this many on
+  int64_t row_step;         // of a whole number of microkernels
+  int64_t columns_at_once;  // in one call at most: fewer calls would leave less for threads to take from each other
 
   // The same for at most `max_dot_rows` rows and op = transpose, straight from the codes, whose values are not rounded.
   // Here x is groups of 32 elements as pack_rows leaves them: as pairs for codes where the level multiplies those.

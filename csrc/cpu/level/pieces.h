@@ -53,9 +53,6 @@ struct Cursor {
       if (begin == contraction) term++, begin = 0;
     }
   }
-
-  const Piece* first() const { return pieces; }
-  const Piece* last() const { return pieces + count; }
 };
 
 }  // namespace

@@ -2,7 +2,6 @@
 // multiplied by all rows of x: as much of the contraction as a tile has room for, an adapter's matrix after the weight's.
 #pragma once
 
-#include "elements.h"
 #include "int8.h"
 #include "panel.h"
 #include "pieces.h"
@@ -15,7 +14,8 @@ using namespace entrenar;
 
 constexpr int64_t kTileUnits = 320;  // at most
 
-// Beside as much of one weight as a tile has there is room for an adapter of rank 64.
+// Deep, for sums are moved once a tile, but not so that the rows of x leave a second-level cache of 1 MiB. Beside as much
+// of one weight as a tile takes there is room for an adapter of rank 64.
 template <bool kPairs>
 constexpr TileSizes kTileSizes = kPairs ? TileSizes{576, 2 * int4::kGroup, 2, 2, kTileUnits}
                                         : TileSizes{192, 2 * int4::kGroup, 1, 1, 256};
@@ -59,21 +59,7 @@ struct Job {
   bool last;   // the sums go on to y
 };
 
-template <Dtype dtype, int kRows, int kVectors>
-INLINE inline void store_y(const vfloat (&total)[kRows][kVectors], const Product& p, int64_t row, int64_t column) {
-  const int64_t stride = p.columns;
-  const float scale = p.scale;
-  vfloat bias[kVectors] = {};
-  for (int v = 0; v < kVectors && p.bias; v++) bias[v] = load<vfloat>(p.bias + column + v * kLanes);
-  auto* y = (Element<dtype>*)p.y + row * stride + column;
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; r++) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) store_vector<dtype>(y + r * stride + v * kLanes, scale * total[r][v] + bias[v]);
-  }
-}
-
-// For kRows rows from `r` on, and vectors from v on.
+// For kRows rows from `r` on, and vectors from v on. Where gcc 12 inlines it, AVX2's takes twice the time.
 template <bool kPairs, bool kInt8, int kRows, int kVectors>
 __attribute__((noinline)) void micro(const Job& job, int64_t r, int64_t v) {
   const Product& p = job.p;
@@ -82,7 +68,7 @@ __attribute__((noinline)) void micro(const Job& job, int64_t r, int64_t v) {
   vfloat total[kRows][kVectors];
   load_sums(total, sums, job.first);
   if (kInt8) add_int8(total, p.int8, job.scratch->int8, row, v);
-  for (const Piece* piece = job.at.first(); piece < job.at.last(); piece++) {
+  for (const Piece* piece = job.at.pieces; piece < job.at.pieces + job.at.count; piece++) {
     const Units& x = p.x[piece->term];
     const Units rows = {x.data + row * x.stride + piece->begin / Tile<kPairs>::kUnit, x.stride};
     multiply_add<kPairs, true>(total, rows, job.scratch->panel[piece->unit] + v * kLanes, piece->units);
@@ -123,7 +109,7 @@ void product_of(const Product& p, int64_t row_begin, int64_t row_end, int64_t co
       int8_begin += depth;
       const bool rounded = int8_begin == int8_end;
       if (rounded) at.next();
-      for (const Piece* piece = at.first(); piece < at.last(); piece++) {
+      for (const Piece* piece = at.pieces; piece < at.pieces + at.count; piece++) {
         fill_panel<kPairs>(p, *piece, column, columns, scratch);
       }
       job.last = rounded && at.done() && columns % kLanes == 0;

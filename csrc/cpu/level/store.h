@@ -1,8 +1,8 @@
 // The end of a product: sums become elements of y.
 #pragma once
 
+#include "elements.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace {
 
@@ -40,6 +40,21 @@ inline void store_columns(const Product& p, int64_t row, int64_t column, int64_t
     uint16_t rounded[kLanes];
     store_bfloat16(rounded, value);
     __builtin_memcpy((uint16_t*)p.y + index + c, rounded, count * sizeof(uint16_t));
+  }
+}
+
+// Whole vectors of rows of y from `row` and `column` on, while their sums are in registers.
+template <Dtype dtype, int kRows, int kVectors>
+INLINE inline void store_y(const vfloat (&total)[kRows][kVectors], const Product& p, int64_t row, int64_t column) {
+  const int64_t stride = p.columns;
+  const float scale = p.scale;
+  vfloat bias[kVectors] = {};
+  for (int v = 0; v < kVectors && p.bias; v++) bias[v] = load<vfloat>(p.bias + column + v * kLanes);
+  auto* y = (Element<dtype>*)p.y + row * stride + column;
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) store_vector<dtype>(y + r * stride + v * kLanes, scale * total[r][v] + bias[v]);
   }
 }
 
