@@ -46,7 +46,7 @@ def ours(directory: Path, activations: str | None = None) -> tuple[Step, float]:
     """The step, and the seconds that loading and wrapping took."""
     from entrenar.checkpoint import load_pretrained
     from entrenar.lora.wrap import wrap
-    from entrenar.optim import AdamW, clip_grad_norm
+    from entrenar.optim import AdamW
     from entrenar.training import causal_lm_loss
 
     start = time.perf_counter()
@@ -54,13 +54,12 @@ def ours(directory: Path, activations: str | None = None) -> tuple[Step, float]:
     wrap(model, rank=RANK, alpha=ALPHA, activations=activations)
     load_seconds = time.perf_counter() - start
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = AdamW(parameters, lr=LR)
+    optimizer = AdamW(parameters, lr=LR, max_norm=MAX_NORM)
     model.train()
 
     def step(ids: Any) -> float:
         loss = causal_lm_loss(model, ids)
         loss.backward()
-        clip_grad_norm(parameters, MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()

@@ -20,9 +20,9 @@ Tensor binary_op(const Tensor& a, const Tensor& b, const Compute& compute) {
   return out;
 }
 
-// compute(dtype, size, dy, gate, up, dgate, dup)
+// compute(dtype, size, dy, gate, up, dgate, dup, y); y, if not null, is where the forward's result goes, and may be dy.
 template <class Compute>
-std::tuple<Tensor, Tensor> swiglu_backward_op(const Tensor& dy, const Tensor& gate, const Tensor& up,
+std::tuple<Tensor, Tensor> swiglu_backward_op(const Tensor& dy, const Tensor& gate, const Tensor& up, void* y,
                                               const Compute& compute) {
   const Dtype dtype = float_dtype_of(dy, "dy");
   check_like(gate, "gate", dy);
@@ -30,9 +30,15 @@ std::tuple<Tensor, Tensor> swiglu_backward_op(const Tensor& dy, const Tensor& ga
   const Tensor gradient = packed(dy), gates = packed(gate), ups = packed(up);
   const Tensor dgate = empty_as(gates), dup = empty_as(ups);
   compute(dtype, gradient.numel(), gradient.const_data_ptr(), gates.const_data_ptr(), ups.const_data_ptr(),
-          dgate.mutable_data_ptr(), dup.mutable_data_ptr());
+          dgate.mutable_data_ptr(), dup.mutable_data_ptr(), y);
   return {dgate, dup};
 }
+
+// For ops that begin with SwiGLU each device defines y = silu(gate) up,
+Tensor swiglu(const Tensor& gate, const Tensor& up);
+
+// and its gradients from dy, a contiguous tensor that takes y's values.
+std::tuple<Tensor, Tensor> swiglu_backward_to_y(Tensor& dy, const Tensor& gate, const Tensor& up);
 
 // compute(dtype, rows, columns, dy, y, dx)
 template <class Compute>

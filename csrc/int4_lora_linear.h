@@ -1,5 +1,6 @@
 // int4_lora_linear: y = x Wᵀ + b + u Bᵀ with u = scaling x Aᵀ, and its gradients: with du = scaling dy B,
 // dx = dy W + du A, dA = duᵀ x, dB = dyᵀ u. int4_lora_linears: several of them at one x, whose dx is one sum.
+// swiglu_int4_lora_linear: one at x = silu(gate) up, which is computed anew for dA.
 //
 // What every device shares: the ops, their checks, and the order of their products. A device includes this once, in the
 // file that defines its products and registers the ops.
@@ -12,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "activation.h"
 #include "arguments.h"
 
 namespace entrenar {
@@ -40,17 +42,19 @@ using Biases = std::vector<std::optional<Tensor>>;
 Tensors project_up(const Tensor& x, const Tensors& us, const std::vector<Layer>& layers, const Biases& biases,
                    bool int8);
 
-struct Back {
-  Tensors dus;  // in whatever tensors the device's sum_back() takes them
-  Tensors dA, dB;
-};
-
-// du_i = scaling dy_i B_i, dA_i = du_iᵀ x, and dB_i = dy_iᵀ u_i, the last two in float32.
-Back project_back(const Tensor& x, const Tensors& dys, const Tensors& us, const std::vector<Layer>& layers,
-                  double scaling);
+// du_i = scaling dy_i B_i, in whatever tensors the next two take them.
+Tensors project_back(const Tensors& dys, const std::vector<Layer>& layers, double scaling);
 
 // Σ dy_i W_i + du_i A_i, into a tensor like x. Either list may be empty.
 Tensor sum_back(const Tensor& x, const Tensors& dys, const Tensors& dus, const std::vector<Layer>& layers);
+
+struct AdapterGradients {
+  Tensors dA, dB;
+};
+
+// dA_i = du_iᵀ x, and dB_i = dy_iᵀ u_i, in float32.
+AdapterGradients outer_products(const Tensor& x, const Tensors& dys, const Tensors& us, const Tensors& dus,
+                                const std::vector<Layer>& layers);
 
 Layer layer_of(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& lora_A, const Tensor& lora_B,
                int64_t block) {
@@ -102,36 +106,47 @@ std::tuple<Tensors, Tensors> forward(const Tensor& x, const Tensor& lora_x, cons
   return {project_up(packed(x), us, layers, biases, int8), us};
 }
 
-struct Gradients {
-  Tensor dx, d_lora_x;
-  Tensors dA, dB;
+// What the layers kept and were given, as the products of the gradients take it.
+struct Backward {
+  std::vector<Layer> layers;
+  Tensors dys, us, dus;
 };
 
-// x is what A saw. Where that was not the layer's own x, the gradients of the two are `apart`.
-Gradients backward(const Tensors& dys, const Tensor& x, const std::vector<Layer>& given, const Tensors& us,
-                   double scaling, bool needs_dx, bool apart) {
-  const std::vector<Layer> layers = prepared(x, given, true);
-  const Tensor input = packed(x);
+// x, or what has its shape and dtype.
+Backward backward_of(const Tensors& dys, const Tensor& x, const std::vector<Layer>& given, const Tensors& us,
+                     double scaling) {
+  Backward back = {prepared(x, given, true), {}, {}, {}};
   const int64_t rows = rows_of(x);
-  const size_t count = layers.size();
+  const size_t count = given.size();
   STD_TORCH_CHECK(dys.size() == count && us.size() == count, "dy and u must be lists of the layers' length");
-
-  Tensors gradients, lows;
   for (size_t i = 0; i < count; i++) {
     STD_TORCH_CHECK(dtype_of(dys[i], "dy") == dtype_of(x, "x") && dtype_of(us[i], "u") == dtype_of(x, "x"),
                     "dy, u and x must have the same dtype");
     check_device(dys[i], "dy", x);
     check_device(us[i], "u", x);
-    gradients.push_back(packed(dys[i]));
-    lows.push_back(packed(us[i]));
-    STD_TORCH_CHECK(gradients[i].numel() == rows * layers[i].w.rows && lows[i].numel() == rows * layers[i].rank,
+    back.dys.push_back(packed(dys[i]));
+    back.us.push_back(packed(us[i]));
+    STD_TORCH_CHECK(back.dys[i].numel() == rows * given[i].w.rows && back.us[i].numel() == rows * given[i].rank,
                     "dy must be [..., N] and u [..., r], with the rows of x");
   }
+  back.dus = project_back(back.dys, back.layers, scaling);
+  return back;
+}
 
-  const Back back = project_back(input, gradients, lows, layers, scaling);
+struct Gradients {
+  Tensor dx, d_lora_x;
+  AdapterGradients adapters;
+};
+
+// x is what A saw. Where that was not the layer's own x, the gradients of the two are `apart`.
+Gradients backward(const Tensors& dys, const Tensor& given_x, const std::vector<Layer>& given, const Tensors& us,
+                   double scaling, bool needs_dx, bool apart) {
+  const Tensor x = packed(given_x);
+  const Backward back = backward_of(dys, x, given, us, scaling);
   const auto none = [&x] { return torch::stable::new_empty(x, {0}); };  // a new one each: results share no memory
-  return {needs_dx ? sum_back(input, gradients, apart ? Tensors() : back.dus, layers) : none(),
-          apart ? sum_back(input, {}, back.dus, layers) : none(), back.dA, back.dB};
+  const AdapterGradients adapters = outer_products(x, back.dys, back.us, back.dus, back.layers);
+  return {needs_dx ? sum_back(x, back.dys, apart ? Tensors() : back.dus, back.layers) : none(),
+          apart ? sum_back(x, {}, back.dus, back.layers) : none(), adapters};
 }
 
 std::tuple<Tensor, Tensor> int4_lora_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
@@ -149,7 +164,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> int4_lora_linear_backward(
     const Tensor& lora_B, const Tensor& u, double scaling, int64_t block, bool needs_dx, bool apart) {
   const Gradients found =
       backward({dy}, x, {layer_of(x, codes, scales, lora_A, lora_B, block)}, {u}, scaling, needs_dx, apart);
-  return {found.dx, found.d_lora_x, found.dA[0], found.dB[0]};
+  return {found.dx, found.d_lora_x, found.adapters.dA[0], found.adapters.dB[0]};
+}
+
+std::tuple<Tensor, Tensor> swiglu_int4_lora_linear(const Tensor& gate, const Tensor& up, const Tensor& codes,
+                                                   const Tensor& scales, std::optional<Tensor> bias,
+                                                   const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                                                   int64_t block, bool int8) {
+  const std::vector<Layer> layers = {layer_of(gate, codes, scales, lora_A, lora_B, block)};
+  const Tensor x = swiglu(gate, up);
+  const auto [ys, us] = forward(x, x, layers, bias, scaling, int8);
+  return {ys[0], us[0]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_int4_lora_linear_backward(
+    const Tensor& dy, const Tensor& gate, const Tensor& up, const Tensor& codes, const Tensor& scales,
+    const Tensor& lora_A, const Tensor& lora_B, const Tensor& u, double scaling, int64_t block) {
+  const Backward back =
+      backward_of({dy}, gate, {layer_of(gate, codes, scales, lora_A, lora_B, block)}, {u}, scaling);
+  Tensor dx = sum_back(gate, back.dys, back.dus, back.layers);
+  const auto [dgate, dup] = swiglu_backward_to_y(dx, gate, up);
+  const Tensor& x = dx;
+  const AdapterGradients adapters = outer_products(x, back.dys, back.us, back.dus, back.layers);
+  return {dgate, dup, adapters.dA[0], adapters.dB[0]};
 }
 
 std::tuple<Tensors, Tensors> int4_lora_linears(const Tensor& x, Tensors codes, Tensors scales,
@@ -169,7 +206,7 @@ std::tuple<Tensor, Tensors, Tensors> int4_lora_linears_backward(Tensors dy, cons
                                                                 bool needs_dx) {
   const Gradients found =
       backward(dy, x, layers_of(x, codes, scales, lora_A, lora_B, block), u, scaling, needs_dx, false);
-  return {found.dx, found.dA, found.dB};
+  return {found.dx, found.adapters.dA, found.adapters.dB};
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ from entrenar.autograd.ops.int4 import (
 from entrenar.autograd.ops.int4_linear import int4_linear_reference
 from entrenar.autograd.ops.int4_lora_linear import int4_lora_linear_reference
 from entrenar.autograd.ops.packed_attention import packed_attention_reference
+from entrenar.autograd.ops.swiglu_int4_lora_linear import swiglu_int4_lora_linear_reference
 
 ops = torch.ops.entrenar
 
@@ -32,6 +33,7 @@ class Case:
         exact: the result is the reference's to the bit.
         linear_in: the indices of the differentiable arguments. The op is linear in each, so a central difference is
             exact but for rounding, whatever the step.
+        growth: by how much an error on the way may grow, beside the largest element of a result.
     """
 
     op: torch._ops.OpOverload
@@ -40,6 +42,7 @@ class Case:
     samples: tuple[str, ...]
     exact: bool = False
     linear_in: tuple[int, ...] = ()
+    growth: float = 1.0
 
 
 SIZES = {
@@ -97,6 +100,11 @@ def lora_arguments(sample: str, dtype: torch.dtype) -> tuple:
 def dropped_lora_arguments(sample: str, dtype: torch.dtype) -> tuple:
     arguments = lora_arguments(sample, dtype)
     return *arguments, torch.nn.functional.dropout(arguments[0], 0.3)
+
+
+def swiglu_lora_arguments(sample: str, dtype: torch.dtype) -> tuple:
+    gate, *layer = lora_arguments(sample, dtype)
+    return gate, make_x(sample, gate.shape[:-1], gate.shape[-1]).to(dtype), *layer
 
 
 def quantize_arguments(sample: str, dtype: torch.dtype) -> tuple:
@@ -231,6 +239,14 @@ CASES = {
         dropped_lora_arguments,
         (*SIZES, *STRIDED),
         linear_in=(0, 4, 5, 8),
+    ),
+    "swiglu_int4_lora_linear": Case(
+        ops.swiglu_int4_lora_linear.default,
+        swiglu_int4_lora_linear_reference,
+        swiglu_lora_arguments,
+        (*SIZES, *STRIDED),
+        linear_in=(1, 5, 6),
+        growth=3.0,  # an element of gate or up is up to three times what it is at the largest result
     ),
     "attention": Case(ops.attention.default, attention_reference, attention_arguments, tuple(ATTENTION_SIZES)),
     "packed attention": Case(ops.attention.default, attention_reference, packed_attention_arguments, tuple(PACKED)),

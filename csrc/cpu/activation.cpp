@@ -22,15 +22,19 @@ Tensor binary(const Tensor& a, const Tensor& b) {
   });
 }
 
-std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
+std::tuple<Tensor, Tensor> swiglu_backward_and(void* y, const Tensor& dy, const Tensor& gate, const Tensor& up) {
   return swiglu_backward_op(
-      dy, gate, up,
-      [](Dtype dtype, int64_t size, const void* from, const void* g, const void* u, void* dgate, void* dup) {
+      dy, gate, up, y,
+      [](Dtype dtype, int64_t size, const void* from, const void* g, const void* u, void* dgate, void* dup, void* to) {
         const Kernels& k = kernels();
         parallel_for(0, size, kElementsToSplit, [&](int64_t begin, int64_t end) {
-          k.swiglu_backward(dtype, begin, end, from, g, u, dgate, dup);
+          k.swiglu_backward(dtype, begin, end, from, g, u, dgate, dup, to);
         });
       });
+}
+
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
+  return swiglu_backward_and(nullptr, dy, gate, up);
 }
 
 template <bool kLog>
@@ -47,6 +51,12 @@ Tensor softmax_backward(const Tensor& dy, const Tensor& y) {
 
 }  // namespace
 
+Tensor swiglu(const Tensor& gate, const Tensor& up) { return binary<kSwiGLU>(gate, up); }
+
+std::tuple<Tensor, Tensor> swiglu_backward_to_y(Tensor& dy, const Tensor& gate, const Tensor& up) {
+  return swiglu_backward_and(dy.mutable_data_ptr(), dy, gate, up);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(entrenar, CPU, m) {
   m.impl("silu_backward", TORCH_BOX(&binary<kSiluBackward>));
   m.impl("gelu_backward", TORCH_BOX(&binary<kGeluBackward>));
@@ -55,7 +65,7 @@ STABLE_TORCH_LIBRARY_IMPL(entrenar, CPU, m) {
   m.impl("tanh_backward", TORCH_BOX(&binary<kTanhBackward>));
   m.impl("softmax_backward", TORCH_BOX(&softmax_backward<false>));
   m.impl("log_softmax_backward", TORCH_BOX(&softmax_backward<true>));
-  m.impl("swiglu", TORCH_BOX(&binary<kSwiGLU>));
+  m.impl("swiglu", TORCH_BOX(&swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
 }
 

@@ -1,4 +1,4 @@
-// int4_lora_linear and int4_lora_linears on the CPU.
+// int4_lora_linear, int4_lora_linears and swiglu_int4_lora_linear on the CPU.
 #include "../int4_lora_linear.h"
 
 #include <algorithm>
@@ -83,28 +83,36 @@ Tensor outer(const Tensor& narrow, const Tensor& wide, bool transposed) {
   const Dtype dtype = dtype_of(wide, "x");
   auto* packed = static_cast<uint32_t*>(workspace.reserve((rows + 16) * rank * sizeof(uint32_t)));
   k.pack_outer(narrow.const_data_ptr(), dtype, rows, rank, packed);
-  Tensor out = torch::stable::new_empty(wide, {rank, columns}, ScalarType::Float);
+  Tensor out = torch::stable::new_empty(wide, {transposed ? columns : rank, transposed ? rank : columns},
+                                        ScalarType::Float);
   const void* from = wide.const_data_ptr();
   auto* to = out.mutable_data_ptr<float>();
   constexpr int64_t kColumns = 32;  // one cache line of bfloat16
   parallel_for(0, (columns + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
-    k.outer(packed, rank, from, dtype, rows, columns, begin * kColumns, std::min(columns, end * kColumns), to);
+    k.outer(packed, rank, from, dtype, rows, columns, begin * kColumns, std::min(columns, end * kColumns), transposed,
+            to);
   });
-  return transposed ? torch::stable::contiguous(torch::stable::transpose(out, 0, 1)) : out;
+  return out;
 }
 
-Back project_back(const Tensor& x, const Tensors& dys, const Tensors& us, const std::vector<Layer>& layers,
-                  double scaling) {
-  Back back;
+Tensors project_back(const Tensors& dys, const std::vector<Layer>& layers, double scaling) {
+  Tensors dus;
   for (size_t i = 0; i < layers.size(); i++) {
-    Tensor du = empty_with_last(dys[i], layers[i].rank);
+    dus.push_back(empty_with_last(dys[i], layers[i].rank));
     const Term term = {dys[i], B_of(layers[i])};
-    multiply(&term, 1, false, static_cast<float>(scaling), std::nullopt, du);
-    back.dus.push_back(du);
-    back.dB.push_back(outer(us[i], dys[i], true));  // while a cache may still hold dy
+    multiply(&term, 1, false, static_cast<float>(scaling), std::nullopt, dus.back());
   }
-  for (const Tensor& du : back.dus) back.dA.push_back(outer(du, x, false));
-  return back;
+  return dus;
+}
+
+AdapterGradients outer_products(const Tensor& x, const Tensors& dys, const Tensors& us, const Tensors& dus,
+                                const std::vector<Layer>& layers) {
+  AdapterGradients found;
+  for (size_t i = 0; i < layers.size(); i++) {
+    found.dB.push_back(outer(us[i], dys[i], true));
+    found.dA.push_back(outer(dus[i], x, false));
+  }
+  return found;
 }
 
 }  // namespace
@@ -114,6 +122,8 @@ STABLE_TORCH_LIBRARY_IMPL(entrenar, CPU, m) {
   m.impl("int4_lora_linear_backward", TORCH_BOX(&int4_lora_linear_backward));
   m.impl("int4_lora_linears", TORCH_BOX(&int4_lora_linears));
   m.impl("int4_lora_linears_backward", TORCH_BOX(&int4_lora_linears_backward));
+  m.impl("swiglu_int4_lora_linear", TORCH_BOX(&swiglu_int4_lora_linear));
+  m.impl("swiglu_int4_lora_linear_backward", TORCH_BOX(&swiglu_int4_lora_linear_backward));
 }
 
 }  // namespace entrenar

@@ -47,13 +47,15 @@ struct BinaryOf {
   }
 };
 
+template <bool with_y>
 struct SwiGLUBackward {
-  static constexpr int kIn = 3, kOut = 2;
+  static constexpr int kIn = 3, kOut = with_y ? 3 : 2;
   template <Dtype dtype>
   static __device__ void apply(const float (&in)[kIn], float (&out)[kOut]) {
     const float dy = in[0], g = in[1], s = sigmoid<dtype>(g);
     out[0] = dy * in[2] * (s * (1.0f + g * (1.0f - s)));
     out[1] = dy * (g * s);
+    if constexpr (with_y) out[2] = g * s * in[2];
   }
 };
 
@@ -168,8 +170,9 @@ int binary_cuda(Binary f, Dtype dtype, int64_t size, const void* a, const void* 
 }
 
 int swiglu_backward_cuda(Dtype dtype, int64_t size, const void* dy, const void* gate, const void* up, void* dgate,
-                         void* dup, void* stream) {
-  return elementwise<SwiGLUBackward>(dtype, size, {{dy, gate, up}, {dgate, dup}}, stream);
+                         void* dup, void* y, void* stream) {
+  return y ? elementwise<SwiGLUBackward<true>>(dtype, size, {{dy, gate, up}, {dgate, dup, y}}, stream)
+           : elementwise<SwiGLUBackward<false>>(dtype, size, {{dy, gate, up}, {dgate, dup}}, stream);
 }
 
 int softmax_backward_cuda(bool log, Dtype dtype, int64_t rows, int64_t columns, const void* dy, const void* y, void* dx,

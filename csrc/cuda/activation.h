@@ -6,8 +6,9 @@
 namespace entrenar {
 
 int binary_cuda(Binary f, Dtype dtype, int64_t size, const void* a, const void* b, void* out, void* stream);
+// y, which may be dy, is written too if not null.
 int swiglu_backward_cuda(Dtype dtype, int64_t size, const void* dy, const void* gate, const void* up, void* dgate,
-                         void* dup, void* stream);
+                         void* dup, void* y, void* stream);
 int softmax_backward_cuda(bool log, Dtype dtype, int64_t rows, int64_t columns, const void* dy, const void* y, void* dx,
                           void* stream);
 

@@ -1,5 +1,5 @@
-// int4_lora_linear and int4_lora_linears on CUDA. In bfloat16 the products with a rank for one side are kernels of ours;
-// the others, and all in float32, are torch's.
+// int4_lora_linear, int4_lora_linears and swiglu_int4_lora_linear on CUDA. In bfloat16 the products with a rank for one
+// side are kernels of ours; the others, and all in float32, are torch's.
 #include "../int4_lora_linear.h"
 
 #include "blas.h"
@@ -138,29 +138,41 @@ Tensors outer(const std::vector<Outer>& all) {
   return results;
 }
 
-// All du side by side, as the product takes them that adds them up.
-Back project_back(const Tensor& x, const Tensors& dys, const Tensors& us, const std::vector<Layer>& layers,
-                  double scaling) {
-  Tensor all = torch::stable::new_empty(x, {rows_of(x), ranks_of(layers)});
-  Tensors factors, lows, dus;
+// All side by side, of which these are the columns of each layer.
+Tensors of_layers(Tensor all, const std::vector<Layer>& layers) {
+  Tensors parts;
   int64_t begin = 0;
-  for (size_t i = 0; i < layers.size(); i++) {
-    factors.push_back(transpose(layers[i].B, 0, 1));
-    lows.push_back(matrix(us[i]));
-    dus.push_back(torch::stable::narrow(all, 1, begin, layers[i].rank));
-    begin += layers[i].rank;
+  for (const Layer& layer : layers) {
+    parts.push_back(torch::stable::narrow(all, 1, begin, layer.rank));
+    begin += layer.rank;
   }
+  return parts;
+}
+
+// All du side by side, as the product takes them that adds them up.
+Tensors project_back(const Tensors& dys, const std::vector<Layer>& layers, double scaling) {
+  const Tensor all = torch::stable::new_empty(dys[0], {rows_of(dys[0]), ranks_of(layers)});
+  const Tensors dus = of_layers(all, layers);
+  Tensors factors;
+  for (const Layer& layer : layers) factors.push_back(transpose(layer.B, 0, 1));
   std::vector<Projected> down;
-  std::vector<Outer> gradients;
-  for (size_t i = 0; i < layers.size(); i++) {
-    down.push_back({dys[i], factors[i], dus[i]});
-    gradients.push_back({dus[i], x, false});
-  }
-  for (size_t i = 0; i < layers.size(); i++) gradients.push_back({lows[i], dys[i], true});
+  for (size_t i = 0; i < layers.size(); i++) down.push_back({dys[i], factors[i], dus[i]});
   project(down, scaling);
-  const Tensors both = outer(gradients);
-  const auto dB = both.begin() + static_cast<std::ptrdiff_t>(layers.size());
-  return {{all}, {both.begin(), dB}, {dB, both.end()}};
+  return {all};
+}
+
+AdapterGradients outer_products(const Tensor& x, const Tensors& dys, const Tensors& us, const Tensors& all,
+                                const std::vector<Layer>& layers) {
+  const size_t count = layers.size();
+  const Tensors dus = of_layers(all[0], layers);
+  Tensors lows;
+  for (const Tensor& u : us) lows.push_back(matrix(u));
+  std::vector<Outer> products;
+  for (const Tensor& du : dus) products.push_back({du, x, false});
+  for (size_t i = 0; i < count; i++) products.push_back({lows[i], dys[i], true});
+  const Tensors both = outer(products);
+  const auto dB = both.begin() + static_cast<std::ptrdiff_t>(count);
+  return {{both.begin(), dB}, {dB, both.end()}};
 }
 
 Tensor stacked_A(const std::vector<Layer>& layers) {
@@ -208,6 +220,8 @@ STABLE_TORCH_LIBRARY_IMPL(entrenar, ENTRENAR_DEVICE, m) {
   m.impl("int4_lora_linear_backward", TORCH_BOX(&int4_lora_linear_backward));
   m.impl("int4_lora_linears", TORCH_BOX(&int4_lora_linears));
   m.impl("int4_lora_linears_backward", TORCH_BOX(&int4_lora_linears_backward));
+  m.impl("swiglu_int4_lora_linear", TORCH_BOX(&swiglu_int4_lora_linear));
+  m.impl("swiglu_int4_lora_linear_backward", TORCH_BOX(&swiglu_int4_lora_linear_backward));
 }
 
 }  // namespace entrenar

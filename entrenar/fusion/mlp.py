@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from entrenar.autograd.ops.swiglu import swiglu
-from entrenar.autograd.recompute import recomputed
 from entrenar.fusion.structure import NotFusableError, require_children
-from entrenar.lora.layers import apply_together
+from entrenar.lora.layers import apply_to_swiglu, apply_together
 
 
 class FusedMLP(nn.Module):
@@ -34,6 +32,4 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., width] to [..., width]."""
         gate, up = apply_together((self.gate_proj, self.up_proj), x)
-        inner = swiglu(gate, up)
-        with recomputed(inner, swiglu, gate, up):
-            return self.down_proj(inner)
+        return apply_to_swiglu(self.down_proj, gate, up)

@@ -15,6 +15,9 @@ from entrenar.autograd.ops.int4 import Fit, check_packed, int4_dequantize, int4_
 from entrenar.autograd.ops.int4_linear import int4_linear
 from entrenar.autograd.ops.int4_lora_linear import int4_lora_linear
 from entrenar.autograd.ops.int4_lora_linears import int4_lora_linears
+from entrenar.autograd.ops.swiglu import swiglu
+from entrenar.autograd.ops.swiglu_int4_lora_linear import swiglu_int4_lora_linear
+from entrenar.autograd.recompute import recomputed
 
 
 class Int4Linear(nn.Module):
@@ -197,9 +200,7 @@ class QLoRALayer(LoRALayer):
 
 def apply_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """`[layer(x) for layer in layers]`, in one call where all are LoRA layers over int4 that differ in weights only."""
-    adapters = [
-        layer for layer in layers if isinstance(layer, LoRALayer) and not layer.drops() and not has_hooks(layer)
-    ]
+    adapters = [layer for layer in layers if isinstance(layer, LoRALayer) and _is_plain(layer)]
     bases = [adapter.base for adapter in adapters if isinstance(adapter.base, Int4Linear)]
     scaling = {adapter.scaling for adapter in adapters}
     forms = {(base.block, base.int8) for base in bases}
@@ -221,6 +222,28 @@ def apply_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     )
 
 
+def apply_to_swiglu(layer: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """`layer(swiglu(gate, up))`, whose backward computes that input anew; a LoRA layer over int4 takes one call."""
+    if isinstance(layer, LoRALayer) and isinstance(layer.base, Int4Linear) and _is_plain(layer):
+        base = layer.base
+        _check_features(gate, base.in_features)
+        return swiglu_int4_lora_linear(
+            gate,
+            up,
+            base.codes,
+            base.scales,
+            base.bias,
+            layer.lora_A,
+            layer.lora_B,
+            layer.scaling,
+            block=base.block,
+            int8=base.int8,
+        )
+    x = swiglu(gate, up)
+    with recomputed(x, swiglu, gate, up):
+        return layer(x)
+
+
 def common_fit(model: nn.Module) -> Fit | None:
     """How the scales of all the model's int4 weights were found; None without such, or where they have no one way."""
     fits = {layer.fit for layer in model.modules() if isinstance(layer, Int4Linear)}
@@ -230,6 +253,11 @@ def common_fit(model: nn.Module) -> Fit | None:
 def has_hooks(layer: nn.Module) -> bool:
     """Whether a hook waits for a call of the layer."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def _is_plain(layer: LoRALayer) -> bool:
+    """Whether a call of the layer is its formula now, and nothing else."""
+    return not layer.drops() and not has_hooks(layer)
 
 
 def _check_features(x: Tensor, in_features: int) -> None:

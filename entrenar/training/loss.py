@@ -105,20 +105,20 @@ def _head_of(model: nn.Module) -> nn.Module:
 def _hidden_states(model: nn.Module, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Run the model for its head's input [B, T, K]; and the logits that a probe sent and that the model returned.
 
-    The head runs on one row, and the probe takes the place of its result: logits over a range beyond those of any
+    The head runs on no row, and the probe takes the place of its result: logits over a range beyond those of any
     model. If the model returns them as they are, it does nothing to logits behind its head.
     """
     seen: list[Tensor] = []
 
-    def keep_all_pass_one(hidden: Tensor) -> Tensor:
+    def keep_all_pass_none(hidden: Tensor) -> Tensor:
         seen.append(hidden)
-        return hidden[0, :1]
+        return hidden[0, :0]
 
     def probe(logits: Tensor) -> Tensor:
         seen.append(torch.linspace(-1000, 1000, logits.shape[-1], dtype=logits.dtype, device=logits.device))
         return seen[-1].clone().view(1, 1, -1)
 
-    logits = _logits(model, head, inputs, keep_all_pass_one, probe)
+    logits = _logits(model, head, inputs, keep_all_pass_none, probe)
     hidden, sent = seen
     return hidden, sent, logits
 

@@ -100,6 +100,16 @@ FLOAT32_CASES = {
         ],
         LINEAR,
     ),
+    "SwiGLUInt4LoRALinearFunction": (
+        lambda gate, up, a, b: ops.swiglu_int4_lora_linear(gate, up, *PACKED, None, a, b, 0.5),
+        [
+            torch.linspace(-1, 1, 20).view(2, 10),
+            torch.linspace(1, 2, 20).view(2, 10),
+            torch.linspace(0, 1, 20).view(2, 10),
+            torch.linspace(1, 2, 8).view(4, 2),
+        ],
+        {"eps": 1e-2, "threshold": 2e-3, "dtype": torch.float32},
+    ),
     "PackedAttentionFunction": (
         lambda q, k, v: ops.packed_attention(q, k, v, torch.tensor([0, 1, 3])),
         QKV,

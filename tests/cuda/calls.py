@@ -21,7 +21,7 @@ from cases import CASES
 from lora_linears import make
 from test_pointwise_kernels import KERNELS, SHAPES, arguments, restrided
 
-from entrenar.autograd.ops import int4_lora_linears
+from entrenar.autograd.ops import int4_lora_linears, swiglu_int4_lora_linear
 from entrenar.lora import QLoRALayer
 from entrenar.optim import SGD, AdamW, AdamW8bit, Lion
 
@@ -125,6 +125,15 @@ def call_layers_at_one_x() -> Iterator[Call]:
         yield f"int4_lora_linears, {dtype}", [*ys, *gradients]
 
 
+def call_layers_after_swiglu() -> Iterator[Call]:
+    (codes,), (scales,), (bias,), (lora_A,), (lora_B,) = make(80, (24,), (4,), (True,))
+    for dtype in DTYPES:
+        gate, up = (torch.randn(13, 80, dtype=dtype, requires_grad=True) for _ in range(2))
+        y = swiglu_int4_lora_linear(gate, up, codes, scales, bias, lora_A, lora_B, 0.5)
+        gradients = torch.autograd.grad(y, [gate, up, lora_A, lora_B], torch.randn_like(y))
+        yield f"swiglu_int4_lora_linear, {dtype}", [y, *gradients]
+
+
 PARTS = (
     call_cases,
     call_products,
@@ -133,6 +142,7 @@ PARTS = (
     call_losses_in_place,
     call_optimizers,
     call_layers_at_one_x,
+    call_layers_after_swiglu,
     call_layers,
 )
 

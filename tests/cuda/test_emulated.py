@@ -25,6 +25,7 @@ TESTS = [
     "tests/autograd/test_norm.py",
     "tests/autograd/test_rotary.py",
     "tests/autograd/test_swiglu.py",
+    "tests/autograd/test_swiglu_int4_lora_linear.py",
     "tests/autograd/test_add_rms_norm.py",
     "tests/cuda/test_assertion.py",
     "tests/autograd/test_int4_linear.py",

@@ -223,7 +223,7 @@ def test_tape_sees_through_the_fused_modules():
     _, expected = loss_and_gradients(fused)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
-    assert {"scaled_dot_product_attention", "swiglu", "rms_norm", "rotary_embedding"} <= {
+    assert {"scaled_dot_product_attention", "swiglu_int4_lora_linear", "rms_norm", "rotary_embedding"} <= {
         entry.op for entry in tape.entries
     }
 

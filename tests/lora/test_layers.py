@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from entrenar.autograd.ops import int4_dequantize
+from entrenar.autograd.ops import int4_dequantize, swiglu
 from entrenar.lora import Int4Linear, LoRALayer, QLoRALayer
-from entrenar.lora.layers import apply_together
+from entrenar.lora.layers import apply_to_swiglu, apply_together
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -216,3 +216,27 @@ def test_layers_are_applied_together_where_they_are_alike(change):
 def test_layers_applied_together_check_x():
     with pytest.raises(ValueError, match=r"the layer takes \[..., 64\]"):
         apply_together([QLoRALayer(torch.randn(16, 64), rank=4, alpha=8)], torch.randn(5, 63))
+
+
+@pytest.mark.parametrize("change", [None, hooked, dropping, undecorated])
+def test_layer_after_swiglu_is_one_call_where_it_is_a_plain_adapter(change):
+    layers = [QLoRALayer(torch.randn(16, 64), rank=4, alpha=8)] * 2
+    nn.init.normal_(layers[1].lora_B)
+    if change:
+        change(layers)
+    gate, up = (torch.randn(5, 64, requires_grad=True) for _ in range(2))
+    with Calls() as calls:
+        torch.manual_seed(1)
+        found = apply_to_swiglu(layers[1], gate, up)
+    assert ("swiglu_int4_lora_linear" in calls.names) == (change is None)
+    torch.manual_seed(1)
+    expected = layers[1](swiglu(gate, up))
+    assert torch.equal(found, expected)
+    dy = torch.randn_like(found)
+    gradients = [torch.autograd.grad(y, [gate, up], dy) for y in (found, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_layer_after_swiglu_checks_its_input():
+    with pytest.raises(ValueError, match=r"the layer takes \[\.\.\., 64\]"):
+        apply_to_swiglu(QLoRALayer(torch.randn(16, 64), rank=4, alpha=8), *torch.randn(2, 5, 63))

@@ -156,7 +156,7 @@ def test_logits_that_are_only_cast_are_never_whole() -> None:
     model.forward = forward
     shapes = shapes_at_the_head(model)
     causal_lm_loss(model, *batch())
-    assert shapes == [(1, 1, 320), (1, 17, 320)]
+    assert shapes == [(1, 0, 320), (1, 17, 320)]
 
 
 def shapes_at_the_head(model: nn.Module) -> list[Any]:
@@ -165,19 +165,19 @@ def shapes_at_the_head(model: nn.Module) -> list[Any]:
     return shapes
 
 
-def test_the_head_sees_one_row_and_then_the_positions_that_predict_a_label() -> None:
+def test_the_head_sees_no_row_and_then_the_positions_that_predict_a_label() -> None:
     input_ids, labels = batch()
     rows = int((labels[:, 1:] != IGNORED).sum())
     model = make_model()
     shapes = shapes_at_the_head(model)
     causal_lm_loss(model, input_ids, labels)
-    assert shapes == [(1, 1, 320), (1, rows, 320)]
+    assert shapes == [(1, 0, 320), (1, rows, 320)]
     model = make_gemma()
     shapes = shapes_at_the_head(model)
     for _ in range(2):
         causal_lm_loss(model, input_ids, labels)
     # The first call finds out that the model caps its logits; later ones know.
-    assert shapes == [(1, 1, 320), (1, rows, 320), (1, rows, 320)]
+    assert shapes == [(1, 0, 320), (1, rows, 320), (1, rows, 320)]
 
 
 def test_a_model_that_begins_to_change_its_logits_is_noticed() -> None:

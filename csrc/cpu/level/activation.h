@@ -57,23 +57,25 @@ void binary(Binary f, Dtype dtype, int64_t begin, int64_t end, const void* a, co
 
 template <Dtype dtype>
 void swiglu_backward_in(int64_t begin, int64_t end, const void* dy, const void* gate, const void* up, void* dgate,
-                        void* dup) {
+                        void* dup, void* y) {
   const auto* dys = (const Element<dtype>*)dy + begin;
   const auto* gates = (const Element<dtype>*)gate + begin;
   const auto* ups = (const Element<dtype>*)up + begin;
   auto* dgates = (Element<dtype>*)dgate + begin;
   auto* dups = (Element<dtype>*)dup + begin;
+  auto* ys = y ? (Element<dtype>*)y + begin : nullptr;
   for_vectors(end - begin, [&](int64_t i, int64_t count) INLINE {
     const vfloat dy = load_some<dtype>(dys + i, count), g = load_some<dtype>(gates + i, count);
-    const vfloat s = vsigmoid(g);
-    store_some<dtype>(dgates + i, dy * load_some<dtype>(ups + i, count) * (s * (1.0f + g * (1.0f - s))), count);
+    const vfloat u = load_some<dtype>(ups + i, count), s = vsigmoid(g);
+    store_some<dtype>(dgates + i, dy * u * (s * (1.0f + g * (1.0f - s))), count);
     store_some<dtype>(dups + i, dy * (g * s), count);
+    if (ys) store_some<dtype>(ys + i, g * s * u, count);
   });
 }
 
 void swiglu_backward(Dtype dtype, int64_t begin, int64_t end, const void* dy, const void* gate, const void* up,
-                     void* dgate, void* dup) {
-  FOR_DTYPE(dtype, swiglu_backward_in, begin, end, dy, gate, up, dgate, dup);
+                     void* dgate, void* dup, void* y) {
+  FOR_DTYPE(dtype, swiglu_backward_in, begin, end, dy, gate, up, dgate, dup, y);
 }
 
 }  // namespace

@@ -82,11 +82,11 @@ struct Kernels {
   void (*pack_rows)(const void* x, Dtype dtype, int64_t rows, int64_t columns, bool pairs, int64_t group_begin,
                     int64_t group_end, uint32_t* out);
 
-  // out[i, c] = sum over m of a[m, i] b[m, c], for c in [column_begin, column_end); out has `columns` columns. a is
-  // packed first, into at most (rows + 16) rank 32-bit words.
+  // out[i, c] = sum over m of a[m, i] b[m, c], for c in [column_begin, column_end); out is [rank, columns], or that
+  // transposed. a is packed first, into at most (rows + 16) rank 32-bit words.
   void (*pack_outer)(const void* a, Dtype dtype, int64_t rows, int64_t rank, uint32_t* packed);
   void (*outer)(const uint32_t* packed, int64_t rank, const void* b, Dtype dtype, int64_t rows, int64_t columns,
-                int64_t column_begin, int64_t column_end, float* out);
+                int64_t column_begin, int64_t column_end, bool transposed, float* out);
 
   // Up to kAttentionBlock keys and values, packed into a tile of so many 32-bit words.
   int64_t (*attention_tile_words)(const AttentionKind* kind, bool backward);
@@ -107,10 +107,11 @@ struct Kernels {
   void (*linear_cross_entropy)(const LinearCrossEntropy* p, int64_t row_begin, int64_t row_end, void* scratch);
   int64_t (*linear_cross_entropy_bytes)(const LinearCrossEntropy* p, int64_t rows);
 
-  // Element by element; what is a gradient takes dy first. 16-bit values are rounded once, at the end.
+  // Element by element; what is a gradient takes dy first. 16-bit values are rounded once, at the end. The y of swiglu
+  // is written too if not null, and may be dy.
   void (*binary)(Binary f, Dtype dtype, int64_t begin, int64_t end, const void* a, const void* b, void* out);
   void (*swiglu_backward)(Dtype dtype, int64_t begin, int64_t end, const void* dy, const void* gate, const void* up,
-                          void* dgate, void* dup);
+                          void* dgate, void* dup, void* y);
 
   // Rows [row_begin, row_end). Sums over these rows go to dw and db, `sums_stride(columns)` floats, where not null.
   void (*rms_norm)(const RMSNorm* n, int64_t row_begin, int64_t row_end);

@@ -83,10 +83,29 @@ void pack_outer_of(const void* a, int64_t rows, int64_t rank, uint32_t* packed) 
   }
 }
 
+// A matrix [rank, columns] in memory, or its transpose.
+struct OuterResult {
+  float* data;
+  int64_t row_stride, column_stride;
+
+  float* at(int64_t i, int64_t c) const { return data + i * row_stride + c * column_stride; }
+
+  // A block from row i and column c on, whose rows are `stride` apart.
+  void put(int64_t i, int64_t c, int64_t height, int64_t width, const float* block, int64_t stride) const {
+    if (column_stride == 1) {
+      for (int64_t r = 0; r < height; r++) __builtin_memcpy(at(i + r, c), block + r * stride, width * sizeof(float));
+    } else {
+      for (int64_t column = 0; column < width; column++) {
+        for (int64_t r = 0; r < height; r++) *at(i + r, c + column) = block[r * stride + column];
+      }
+    }
+  }
+};
+
 // kOuterRows rows of the result from row i on, kOuterColumns columns from c on.
 template <Dtype dtype>
 inline void outer_block(const uint32_t* a, int64_t rank, const void* b, int64_t rows, int64_t columns, int64_t i,
-                        int64_t c, float* out) {
+                        int64_t c, const OuterResult& out) {
   using Step = OuterStep<dtype>;
   vfloat total[kOuterRows][kOuterVectors] = {};
   for (int64_t row = 0; row < rows; row += Step::kRows) {
@@ -99,25 +118,23 @@ inline void outer_block(const uint32_t* a, int64_t rank, const void* b, int64_t 
       for (int v = 0; v < kOuterVectors; v++) total[r][v] = Step::multiply_add(total[r][v], factors[r], words[v]);
     }
   }
-  for (int r = 0; r < kOuterRows; r++) {
-    for (int v = 0; v < kOuterVectors; v++) store(out + (i + r) * columns + c + v * kLanes, total[r][v]);
-  }
+  out.put(i, c, kOuterRows, kOuterColumns, (const float*)total, kOuterColumns);
 }
 
 template <Dtype dtype>
 inline void outer_element(const uint32_t* a, int64_t rank, const void* b, int64_t rows, int64_t columns, int64_t i,
-                          int64_t c, float* out) {
+                          int64_t c, const OuterResult& out) {
   using Step = OuterStep<dtype>;
   float total = 0;
   for (int64_t row = 0; row < rows; row += Step::kRows) {
     total = Step::multiply_add(total, a[row / Step::kRows * rank + i], b, columns, rows, row, c);
   }
-  out[i * columns + c] = total;
+  *out.at(i, c) = total;
 }
 
 template <Dtype dtype>
 void outer_of(const uint32_t* a, int64_t rank, const void* b, int64_t rows, int64_t columns, int64_t column_begin,
-              int64_t column_end, float* out) {
+              int64_t column_end, const OuterResult& out) {
   // The columns go outside, for then a strip of b is still in the cache when its turn comes again.
   for (int64_t c = column_begin; c < column_end; c += kOuterColumns) {
     int64_t i = 0;

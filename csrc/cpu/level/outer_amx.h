@@ -67,7 +67,7 @@ struct OuterPanel {
 };
 
 void outer(const uint32_t* packed, int64_t rank, const uint16_t* b, int64_t rows, int64_t columns, int64_t column_begin,
-           int64_t column_end, float* out) {
+           int64_t column_end, const OuterResult& out) {
   static_assert(kOuterColumns == kWide, "a strip of b is as wide as the sums");
   const Registers registers;
   const int64_t stride = outer_stride(rows);
@@ -84,9 +84,7 @@ void outer(const uint32_t* packed, int64_t rank, const uint16_t* b, int64_t rows
         const Factors factors = {packed + i * stride + pair, stride, panel.words[0][0], panel.words[1][0], kUnits, units};
         multiply<Far::kNone>(height, count, kUnits, &factors, 1, pair ? &sums : nullptr, sums);
       }
-      for (int64_t r = 0; r < height; r++) {
-        __builtin_memcpy(out + (i + r) * columns + c, result[r], count * sizeof(float));
-      }
+      out.put(i, c, height, count, result[0], kWide);
     }
   }
 }

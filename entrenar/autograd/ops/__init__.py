@@ -20,6 +20,7 @@ from entrenar.autograd.ops.reduction import mean, sum
 from entrenar.autograd.ops.rotary import rotary_embedding
 from entrenar.autograd.ops.shape import cat, expand, getitem, permute, reshape, transpose
 from entrenar.autograd.ops.swiglu import swiglu
+from entrenar.autograd.ops.swiglu_int4_lora_linear import swiglu_int4_lora_linear
 
 __all__ = [
     "add",
@@ -68,6 +69,7 @@ __all__ = [
     "sub",
     "sum",
     "swiglu",
+    "swiglu_int4_lora_linear",
     "tanh",
     "transpose",
 ]
