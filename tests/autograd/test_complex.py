@@ -91,6 +91,6 @@ def test_every_operation_is_tried():
         "set_cpu_level",
         "linear_cross_entropy",
         "head_cross_entropy",
-        *(name for name in ops.__all__ if name.startswith("int4")),
+        *(name for name in ops.__all__ if "int4" in name),
     }
     assert CALLS.keys() == {*ops.__all__} - others
