@@ -10,6 +10,7 @@
 #include "optim_entry.h"
 #include "outer_entry.h"
 #include "product_entry.h"
+#include "quantize.h"
 #include "rotary.h"
 #include "softmax.h"
 
