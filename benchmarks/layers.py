@@ -1,13 +1,14 @@
 """The linear layers of SmolLM2-135M with adapters of rank 16, forward and backward, as they stand in a training step.
 
-Layers that share an input are applied together: queries, keys and values; gate and up. Beside ours: torch's dense
-bfloat16 product with the same adapter in plain torch. times_ours is the contender's time over ours; floor_ms what the
-layers take at least on this machine, and of_floor its fraction of the contender's time.
+Layers that share an input are applied together: queries, keys and values; gate and up. The last one takes SwiGLU of two
+inputs. Beside ours: torch's dense bfloat16 product with the same adapter in plain torch. times_ours is the contender's
+time over ours; floor_ms what the layers take at least here, and of_floor its fraction of the contender's time.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,19 +20,28 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Floor, floor, interleaved, print_table, ratio, refuse_if_red, write
 from benchmarks.int4_linear import work
-from entrenar.lora.layers import QLoRALayer, apply_together
+from entrenar.lora.layers import QLoRALayer, apply_to_swiglu, apply_together
 
-TESTS = ("tests/autograd/test_ops.py", "tests/autograd/test_int4_lora_linears.py", "tests/lora")
+TESTS = (
+    "tests/autograd/test_ops.py",
+    "tests/autograd/test_int4_lora_linears.py",
+    "tests/autograd/test_swiglu_int4_lora_linear.py",
+    "tests/lora",
+)
 RANK, ALPHA, ROWS = 16, 32, 1024
 LAYERS = {
     "q, k, v": (576, (576, 192, 192)),
     "o": (576, (576,)),
     "gate, up": (576, (1536, 1536)),
     "down": (1536, (576,)),
+    "SwiGLU, down": (1536, (576,)),
 }
 
+Apply = Callable[..., list[Tensor]]
 
-def contenders(columns: int, sizes: tuple[int, ...]) -> dict[str, Callable[[Tensor], list[Tensor]]]:
+
+def contenders(columns: int, sizes: tuple[int, ...], gated: bool) -> dict[str, Apply]:
+    """What maps x, or gate and up, to the results of layers of these sizes."""
     weights = [torch.randn(n, columns) for n in sizes]
     layers = [QLoRALayer(weight, rank=RANK, alpha=ALPHA) for weight in weights]
     rounded = [QLoRALayer(weight, rank=RANK, alpha=ALPHA) for weight in weights]
@@ -39,7 +49,11 @@ def contenders(columns: int, sizes: tuple[int, ...]) -> dict[str, Callable[[Tens
         layer.base.int8 = True
     dense = [weight.bfloat16() for weight in weights]
 
-    def plain(x: Tensor) -> list[Tensor]:
+    def apply(layers: list[QLoRALayer], *xs: Tensor) -> list[Tensor]:
+        return [apply_to_swiglu(layers[0], *xs)] if gated else apply_together(layers, *xs)
+
+    def plain(*xs: Tensor) -> list[Tensor]:
+        x = F.silu(xs[0]) * xs[1] if gated else xs[0]
         adapters = ((layer.lora_A.bfloat16(), layer.lora_B.bfloat16(), layer.scaling) for layer in layers)
         return [
             F.linear(x, weight) + scaling * F.linear(F.linear(x, A), B)
@@ -47,8 +61,8 @@ def contenders(columns: int, sizes: tuple[int, ...]) -> dict[str, Callable[[Tens
         ]
 
     return {
-        "ours": lambda x: apply_together(layers, x),
-        "ours, int8 activations": lambda x: apply_together(rounded, x),
+        "ours": functools.partial(apply, layers),
+        "ours, int8 activations": functools.partial(apply, rounded),
         "torch dense + adapter": plain,
     }
 
@@ -56,13 +70,14 @@ def contenders(columns: int, sizes: tuple[int, ...]) -> dict[str, Callable[[Tens
 def measure(rounds: int, machine: Floor) -> list[dict[str, Any]]:
     rows = []
     for name, (columns, sizes) in LAYERS.items():
-        x = torch.randn(ROWS, columns, dtype=torch.bfloat16, requires_grad=True)
+        gated = "SwiGLU" in name
+        xs = [torch.randn(ROWS, columns, dtype=torch.bfloat16, requires_grad=True) for _ in range(1 + gated)]
         dys = [torch.randn(ROWS, n, dtype=torch.bfloat16) for n in sizes]
 
-        def step(apply: Callable[[Tensor], list[Tensor]], x: Tensor = x, dys: list[Tensor] = dys) -> None:
-            torch.autograd.backward(apply(x), dys)
+        def step(apply: Apply, xs: list[Tensor] = xs, dys: list[Tensor] = dys) -> None:
+            torch.autograd.backward(apply(*xs), dys)
 
-        calls = {who: lambda apply=apply: step(apply) for who, apply in contenders(columns, sizes).items()}
+        calls = {who: functools.partial(step, apply) for who, apply in contenders(columns, sizes, gated).items()}
         seconds = interleaved(calls, rounds)
         least = work(ROWS, columns, sizes, torch.bfloat16, rank=RANK, backward=True)
         rows += [

@@ -112,7 +112,7 @@ struct Backward {
   Tensors dys, us, dus;
 };
 
-// x, or what has its shape and dtype.
+// x stands for its shape and dtype alone.
 Backward backward_of(const Tensors& dys, const Tensor& x, const std::vector<Layer>& given, const Tensors& us,
                      double scaling) {
   Backward back = {prepared(x, given, true), {}, {}, {}};

@@ -138,7 +138,7 @@ Tensors outer(const std::vector<Outer>& all) {
   return results;
 }
 
-// All side by side, of which these are the columns of each layer.
+// The columns of each layer, of what lies side by side for all.
 Tensors of_layers(Tensor all, const std::vector<Layer>& layers) {
   Tensors parts;
   int64_t begin = 0;
