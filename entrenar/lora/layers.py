@@ -251,8 +251,9 @@ def common_fit(model: nn.Module) -> Fit | None:
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether a hook waits for a call of the layer."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    """Whether a hook waits for a call of the layer, or a forward that another library put in place of its own."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(layer)
 
 
 def _is_plain(layer: LoRALayer) -> bool:

@@ -361,6 +361,10 @@ def without_a_scale(attention: nn.Module) -> None:
     del attention.scaling
 
 
+def replaced(attention: nn.Module) -> None:
+    attention.forward = attention.forward
+
+
 def hooked(attention: nn.Module) -> None:
     attention.register_forward_hook(lambda *_: None)
 
@@ -378,6 +382,7 @@ def eager(attention: nn.Module) -> None:
         (with_a_parameter, "does not consist of"),
         (with_a_buffer, "does not consist of"),
         (hooked, "has hooks"),
+        (replaced, "has hooks"),
         (eager, "implementation 'sdpa'"),
         (not_known_to_be_causal, "is not causal"),
         (without_a_config, "implementation 'sdpa'"),

@@ -184,6 +184,11 @@ def hooked(layers):
     layers[0].register_forward_hook(lambda *_: None)
 
 
+def replaced(layers):
+    forward = layers[1].forward
+    layers[1].forward = lambda x: 2 * forward(x)
+
+
 def dropping(layers):
     layers[1].dropout.p = 0.5
     layers[1].train()
@@ -197,7 +202,7 @@ def undecorated(layers):
     layers[1] = layers[1].base
 
 
-@pytest.mark.parametrize("change", [None, hooked, dropping, scaled, undecorated])
+@pytest.mark.parametrize("change", [None, hooked, replaced, dropping, scaled, undecorated])
 def test_layers_are_applied_together_where_they_are_alike(change):
     layers = [QLoRALayer(torch.randn(n, 64), rank=4, alpha=8) for n in (16, 24)]
     for layer in layers:
@@ -218,7 +223,7 @@ def test_layers_applied_together_check_x():
         apply_together([QLoRALayer(torch.randn(16, 64), rank=4, alpha=8)], torch.randn(5, 63))
 
 
-@pytest.mark.parametrize("change", [None, hooked, dropping, undecorated])
+@pytest.mark.parametrize("change", [None, hooked, replaced, dropping, undecorated])
 def test_layer_after_swiglu_is_one_call_where_it_is_a_plain_adapter(change):
     layers = [QLoRALayer(torch.randn(16, 64), rank=4, alpha=8)] * 2
     nn.init.normal_(layers[1].lora_B)
