@@ -30,11 +30,12 @@ TESTS = (
 )
 RANK, ALPHA, ROWS = 16, 32, 1024
 LAYERS = {
-    "q, k, v": (576, (576, 192, 192)),
-    "o": (576, (576,)),
-    "gate, up": (576, (1536, 1536)),
-    "down": (1536, (576,)),
-    "SwiGLU, down": (1536, (576,)),
+    # columns, rows of the weights, whether x is SwiGLU of two inputs
+    "q, k, v": (576, (576, 192, 192), False),
+    "o": (576, (576,), False),
+    "gate, up": (576, (1536, 1536), False),
+    "down": (1536, (576,), False),
+    "SwiGLU, down": (1536, (576,), True),
 }
 
 Apply = Callable[..., list[Tensor]]
@@ -69,8 +70,7 @@ def contenders(columns: int, sizes: tuple[int, ...], gated: bool) -> dict[str, A
 
 def measure(rounds: int, machine: Floor) -> list[dict[str, Any]]:
     rows = []
-    for name, (columns, sizes) in LAYERS.items():
-        gated = "SwiGLU" in name
+    for name, (columns, sizes, gated) in LAYERS.items():
         xs = [torch.randn(ROWS, columns, dtype=torch.bfloat16, requires_grad=True) for _ in range(1 + gated)]
         dys = [torch.randn(ROWS, n, dtype=torch.bfloat16) for n in sizes]
 

@@ -34,11 +34,14 @@ std::tuple<Tensor, Tensor> swiglu_backward_op(const Tensor& dy, const Tensor& ga
   return {dgate, dup};
 }
 
-// For ops that begin with SwiGLU each device defines y = silu(gate) up,
+// Which each device defines, for ops that begin with SwiGLU too: y = silu(gate) up, and its gradients from dy, with y as
+// above.
 Tensor swiglu(const Tensor& gate, const Tensor& up);
+std::tuple<Tensor, Tensor> swiglu_backward_and(void* y, const Tensor& dy, const Tensor& gate, const Tensor& up);
 
-// and its gradients from dy, a contiguous tensor that takes y's values.
-std::tuple<Tensor, Tensor> swiglu_backward_to_y(Tensor& dy, const Tensor& gate, const Tensor& up);
+inline std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
+  return swiglu_backward_and(nullptr, dy, gate, up);
+}
 
 // compute(dtype, rows, columns, dy, y, dx)
 template <class Compute>

@@ -183,8 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_int4_lora_linear_backward(
   const Backward back =
       backward_of({dy}, gate, {layer_of(gate, codes, scales, lora_A, lora_B, block)}, {u}, scaling);
   Tensor dx = sum_back(gate, back.dys, back.dus, back.layers);
-  const auto [dgate, dup] = swiglu_backward_to_y(dx, gate, up);
-  const Tensor& x = dx;
+  const auto [dgate, dup] = swiglu_backward_and(dx.mutable_data_ptr(), dx, gate, up);
+  const Tensor& x = dx;  // now
   const AdapterGradients adapters = outer_products(x, back.dys, back.us, back.dus, back.layers);
   return {dgate, dup, adapters.dA[0], adapters.dB[0]};
 }

@@ -22,21 +22,6 @@ Tensor binary(const Tensor& a, const Tensor& b) {
   });
 }
 
-std::tuple<Tensor, Tensor> swiglu_backward_and(void* y, const Tensor& dy, const Tensor& gate, const Tensor& up) {
-  return swiglu_backward_op(
-      dy, gate, up, y,
-      [](Dtype dtype, int64_t size, const void* from, const void* g, const void* u, void* dgate, void* dup, void* to) {
-        const Kernels& k = kernels();
-        parallel_for(0, size, kElementsToSplit, [&](int64_t begin, int64_t end) {
-          k.swiglu_backward(dtype, begin, end, from, g, u, dgate, dup, to);
-        });
-      });
-}
-
-std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
-  return swiglu_backward_and(nullptr, dy, gate, up);
-}
-
 template <bool kLog>
 Tensor softmax_backward(const Tensor& dy, const Tensor& y) {
   return softmax_backward_op(
@@ -53,8 +38,15 @@ Tensor softmax_backward(const Tensor& dy, const Tensor& y) {
 
 Tensor swiglu(const Tensor& gate, const Tensor& up) { return binary<kSwiGLU>(gate, up); }
 
-std::tuple<Tensor, Tensor> swiglu_backward_to_y(Tensor& dy, const Tensor& gate, const Tensor& up) {
-  return swiglu_backward_and(dy.mutable_data_ptr(), dy, gate, up);
+std::tuple<Tensor, Tensor> swiglu_backward_and(void* y, const Tensor& dy, const Tensor& gate, const Tensor& up) {
+  return swiglu_backward_op(
+      dy, gate, up, y,
+      [](Dtype dtype, int64_t size, const void* from, const void* g, const void* u, void* dgate, void* dup, void* to) {
+        const Kernels& k = kernels();
+        parallel_for(0, size, kElementsToSplit, [&](int64_t begin, int64_t end) {
+          k.swiglu_backward(dtype, begin, end, from, g, u, dgate, dup, to);
+        });
+      });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(entrenar, CPU, m) {

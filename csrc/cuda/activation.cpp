@@ -18,19 +18,6 @@ Tensor binary(const Tensor& a, const Tensor& b) {
   });
 }
 
-std::tuple<Tensor, Tensor> swiglu_backward_and(void* y, const Tensor& dy, const Tensor& gate, const Tensor& up) {
-  const OnDevice device(dy);
-  return swiglu_backward_op(
-      dy, gate, up, y,
-      [&](Dtype dtype, int64_t size, const void* from, const void* g, const void* u, void* dgate, void* dup, void* to) {
-        device.check(swiglu_backward_cuda(dtype, size, from, g, u, dgate, dup, to, device.stream()));
-      });
-}
-
-std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
-  return swiglu_backward_and(nullptr, dy, gate, up);
-}
-
 template <bool kLog>
 Tensor softmax_backward(const Tensor& dy, const Tensor& y) {
   const OnDevice device(dy);
@@ -44,8 +31,13 @@ Tensor softmax_backward(const Tensor& dy, const Tensor& y) {
 
 Tensor swiglu(const Tensor& gate, const Tensor& up) { return binary<kSwiGLU>(gate, up); }
 
-std::tuple<Tensor, Tensor> swiglu_backward_to_y(Tensor& dy, const Tensor& gate, const Tensor& up) {
-  return swiglu_backward_and(dy.mutable_data_ptr(), dy, gate, up);
+std::tuple<Tensor, Tensor> swiglu_backward_and(void* y, const Tensor& dy, const Tensor& gate, const Tensor& up) {
+  const OnDevice device(dy);
+  return swiglu_backward_op(
+      dy, gate, up, y,
+      [&](Dtype dtype, int64_t size, const void* from, const void* g, const void* u, void* dgate, void* dup, void* to) {
+        device.check(swiglu_backward_cuda(dtype, size, from, g, u, dgate, dup, to, device.stream()));
+      });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(entrenar, ENTRENAR_DEVICE, m) {

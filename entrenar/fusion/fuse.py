@@ -58,7 +58,7 @@ def fuse(model: nn.Module) -> FusionReport:
             continue
         try:
             if has_hooks(module):
-                raise NotFusableError("has hooks")
+                raise NotFusableError("has hooks, or another forward")
             new = kind.of(module).train(module.training)
             probes.require_same(module, kind)
         except NotFusableError as reason:

@@ -140,18 +140,8 @@ class LoRALayer(nn.Module):
         _check_features(x, self.in_features)
         base = self.base
         if isinstance(base, Int4Linear):
-            return int4_lora_linear(
-                x,
-                base.codes,
-                base.scales,
-                base.bias,
-                self.lora_A,
-                self.lora_B,
-                self.scaling,
-                block=base.block,
-                lora_x=self.dropout(x) if self.drops() else None,
-                int8=base.int8,
-            )
+            lora_x = self.dropout(x) if self.drops() else None
+            return int4_lora_linear(x, *_operands(self, base), block=base.block, lora_x=lora_x, int8=base.int8)
         y = base(x)
         x = self.dropout(autocast(x))
         u = F.linear(x, self.lora_A.to(x.dtype))
@@ -227,18 +217,7 @@ def apply_to_swiglu(layer: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     if isinstance(layer, LoRALayer) and isinstance(layer.base, Int4Linear) and _is_plain(layer):
         base = layer.base
         _check_features(gate, base.in_features)
-        return swiglu_int4_lora_linear(
-            gate,
-            up,
-            base.codes,
-            base.scales,
-            base.bias,
-            layer.lora_A,
-            layer.lora_B,
-            layer.scaling,
-            block=base.block,
-            int8=base.int8,
-        )
+        return swiglu_int4_lora_linear(gate, up, *_operands(layer, base), block=base.block, int8=base.int8)
     x = swiglu(gate, up)
     with recomputed(x, swiglu, gate, up):
         return layer(x)
@@ -254,6 +233,11 @@ def has_hooks(layer: nn.Module) -> bool:
     """Whether a hook waits for a call of the layer, or a forward that another library put in place of its own."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return bool(hooks) or "forward" in vars(layer)
+
+
+def _operands(layer: LoRALayer, base: Int4Linear) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, float]:
+    """What the operations on int4 take of a layer, in their order."""
+    return base.codes, base.scales, base.bias, layer.lora_A, layer.lora_B, layer.scaling
 
 
 def _is_plain(layer: LoRALayer) -> bool:

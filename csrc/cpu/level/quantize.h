@@ -104,15 +104,14 @@ class Blocks {
   void take(const Element<dtype>* from, int64_t elements, int64_t count, uint8_t* codes, void* scales) {
     for (int64_t i = 0; i < count; i++) absmax_[i] = load(from + i * kBlock, elements - i * kBlock, values_[i]);
     find_scales();
-    const int64_t whole = elements / kBlock < count ? elements / kBlock : count;
-    if (!mse_) {
-      for (int64_t i = 0; i < whole; i++) {  // while the next blocks come from memory
-        prefetch_ahead(from + i * kBlock, kBlock * sizeof *from, kAtOnce * kBlock * sizeof *from);
-        sure_[i] = encode_groups(values_[i], kGroups, inverses_[i], codes + i * kBytes);
-      }
+    const int64_t whole = elements / kBlock < count ? elements / kBlock : count, quick = mse_ ? 0 : whole;
+    bool sure[kAtOnce];
+    for (int64_t i = 0; i < quick; i++) {  // while the next blocks come from memory
+      prefetch_ahead(from + i * kBlock, kBlock * sizeof *from, kAtOnce * kBlock * sizeof *from);
+      sure[i] = encode_groups(values_[i], kGroups, inverses_[i], codes + i * kBytes) & (inverses_[i] != 0);
     }
     for (int64_t i = 0; i < count; i++) {
-      if (mse_ || i >= whole || !sure_[i] || inverses_[i] == 0) {
+      if (i >= quick || !sure[i]) {
         encode(i, i < whole ? kGroups : int4::groups(elements - i * kBlock), codes + i * kBytes);
       }
     }
@@ -178,7 +177,6 @@ class Blocks {
   alignas(64) uint32_t absmax_[kAtOnce] = {};
   alignas(64) float scales_[kAtOnce], inverses_[kAtOnce];
   uint16_t halfs_[kAtOnce];
-  bool sure_[kAtOnce];
 };
 
 template <Dtype dtype, int kBlock>
@@ -199,9 +197,9 @@ void quantize_rows(const void* weight, int64_t rows, int64_t columns, bool float
 
 void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, int block, bool float32_scales, bool mse,
               uint8_t* codes, void* scales) {
-  const auto of_dtype = block == 64 ? (dtype == kFloat32 ? quantize_rows<kFloat32, 64> : quantize_rows<kBFloat16, 64>)
-                                    : (dtype == kFloat32 ? quantize_rows<kFloat32, 32> : quantize_rows<kBFloat16, 32>);
-  of_dtype(weight, rows, columns, float32_scales, mse, codes, scales);
+  const auto of_kind = block == 64 ? (dtype == kFloat32 ? quantize_rows<kFloat32, 64> : quantize_rows<kBFloat16, 64>)
+                                   : (dtype == kFloat32 ? quantize_rows<kFloat32, 32> : quantize_rows<kBFloat16, 32>);
+  of_kind(weight, rows, columns, float32_scales, mse, codes, scales);
 }
 
 }  // namespace

@@ -55,6 +55,15 @@ def no_second_derivative(op: str) -> RuntimeError:
     return RuntimeError(f"{op} has no second derivative: ask for its gradient without create_graph=True")
 
 
+def refuse_derivative_of_backward(op: str) -> None:
+    """Let a derivative of the operator that computes the gradients of `op` be refused."""
+
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise no_second_derivative(op)
+
+    torch.library.register_autograd(f"entrenar::{op}_backward", refuse)
+
+
 class OnceDifferentiable(Function):
     """Gradients that call(*tensors) computes, which have none themselves."""
 

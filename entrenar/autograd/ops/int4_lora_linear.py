@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
-from entrenar.autograd.ops._function import Function, below_autograd, no_second_derivative, once_differentiable
+from entrenar.autograd.ops._function import Function, below_autograd, once_differentiable, refuse_derivative_of_backward
 from entrenar.autograd.ops._library import batch_by_loop, define
 from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4_linear import check_linear, int4_linear_reference, wide_bias
@@ -182,15 +182,11 @@ class Int4LoRALinearFunction(Function):
         return dx if needs_dx else None, None, None, None, dA, dB, None, None, d_lora_x if apart else None, None
 
 
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    raise no_second_derivative("int4_lora_linear")
-
-
 torch.library.register_autograd(
     "entrenar::int4_lora_linear",
     Int4LoRALinearFunction.backward,
     setup_context=Int4LoRALinearFunction.setup_context,
 )
-torch.library.register_autograd("entrenar::int4_lora_linear_backward", _refuse_second_derivative)
+refuse_derivative_of_backward("int4_lora_linear")
 batch_by_loop(torch.ops.entrenar.int4_lora_linear.default)
 batch_by_loop(torch.ops.entrenar.int4_lora_linear_backward.default)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
-from entrenar.autograd.ops._function import Function, below_autograd, no_second_derivative, once_differentiable
+from entrenar.autograd.ops._function import Function, below_autograd, once_differentiable, refuse_derivative_of_backward
 from entrenar.autograd.ops._library import batch_by_loop, define
 from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4_linear import check_linear
@@ -199,15 +199,11 @@ def _op_backward(ctx: Any, dys: list[Tensor | None], dus: list[None]) -> tuple[A
     return dx, frozen, frozen, None, dA, dB, None, None, None
 
 
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    raise no_second_derivative("int4_lora_linears")
-
-
 torch.library.register_autograd(
     "entrenar::int4_lora_linears",
     _op_backward,
     setup_context=_setup_op_context,
 )
-torch.library.register_autograd("entrenar::int4_lora_linears_backward", _refuse_second_derivative)
+refuse_derivative_of_backward("int4_lora_linears")
 batch_by_loop(torch.ops.entrenar.int4_lora_linears.default)
 batch_by_loop(torch.ops.entrenar.int4_lora_linears_backward.default)

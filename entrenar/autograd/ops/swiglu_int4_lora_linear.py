@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops._autocast import autocast
-from entrenar.autograd.ops._function import Function, below_autograd, no_second_derivative, once_differentiable
+from entrenar.autograd.ops._function import Function, below_autograd, once_differentiable, refuse_derivative_of_backward
 from entrenar.autograd.ops._library import batch_by_loop, define
 from entrenar.autograd.ops._override import overridable
 from entrenar.autograd.ops.int4_linear import check_linear, wide_bias
@@ -161,15 +161,11 @@ class SwiGLUInt4LoRALinearFunction(Function):
         return dgate, dup, None, None, None, dA, dB, None, None, None
 
 
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    raise no_second_derivative("swiglu_int4_lora_linear")
-
-
 torch.library.register_autograd(
     "entrenar::swiglu_int4_lora_linear",
     SwiGLUInt4LoRALinearFunction.backward,
     setup_context=SwiGLUInt4LoRALinearFunction.setup_context,
 )
-torch.library.register_autograd("entrenar::swiglu_int4_lora_linear_backward", _refuse_second_derivative)
+refuse_derivative_of_backward("swiglu_int4_lora_linear")
 batch_by_loop(torch.ops.entrenar.swiglu_int4_lora_linear.default)
 batch_by_loop(torch.ops.entrenar.swiglu_int4_lora_linear_backward.default)
