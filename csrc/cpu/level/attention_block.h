@@ -27,12 +27,19 @@ struct AttentionKind {
   int64_t columns, value_columns;
 };
 
+// Rows that are read next: of q, and for a backward of d_o and o. They come from memory while a block is worked on.
+struct AttentionAhead {
+  int64_t queries;  // 0 if there is no other block
+  ConstRows q, d_o, o;
+};
+
 // Up to kAttentionBlock queries of a head, and the packed keys of their sequence.
 struct AttentionBlock {
   int64_t first, queries;  // `first` is a multiple of kAttentionBlock
   ConstRows q;
   int64_t keys;
   const uint32_t* packed;
+  AttentionAhead ahead;
 };
 
 struct AttentionOutput {

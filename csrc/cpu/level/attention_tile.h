@@ -37,6 +37,16 @@ inline Meeting meeting(const AttentionKind& kind, const AttentionBlock& block, i
   return {first, queries, diagonal ? least(keys, first + queries) : keys, diagonal};
 }
 
+// Asks for the rows of a strip, so that they come into the second-level cache.
+inline void fetch_strip(Dtype dtype, ConstRows rows, int64_t first, int64_t queries, int64_t columns) {
+  constexpr int64_t kLine = 64;
+  const int64_t bytes = columns * (dtype == kFloat32 ? 4 : 2);
+  for (int64_t query = first; query < least(queries, first + kStrip); query++) {
+    const char* row = (const char*)element(dtype, rows, query, 0);
+    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(row + i, 0, 2);
+  }
+}
+
 // out[query][key] = x[query] · y[key], with y transposed.
 template <bool kPairs>
 void dot_products(const Meeting& at, const uint32_t* x, const uint32_t* y, int64_t units, float* out) {
