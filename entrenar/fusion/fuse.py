@@ -17,8 +17,8 @@ from entrenar.fusion.structure import NotFusableError
 from entrenar.lora.layers import LoRALayer, has_hooks
 from entrenar.lora.replace import replace_modules
 
-TOKENS = 5
-"""Positions of the random input on which two modules are compared."""
+TOKENS, INPUTS = 5, 5
+"""Positions of a random input on which two modules are compared, and how many there are for a doubtful one."""
 
 Kind: TypeAlias = type[FusedAttention] | type[FusedMLP] | type[FusedRMSNorm]
 
@@ -97,9 +97,9 @@ class _Probes:
         """Raise NotFusableError where the fused module differs."""
         call: Call = self._attend if kind is FusedAttention else _apply
         generator = torch.Generator("cpu").manual_seed(0)
-        x = torch.randn(2, TOKENS, self._width(kind.of(original)), generator=generator, device="cpu")
+        x = torch.randn(INPUTS, 2, TOKENS, self._width(kind.of(original)), generator=generator, device="cpu")
         try:
-            found = difference(original, kind.of, call, x.to(self.device, self.dtype))
+            found = difference(original, kind.of, call, [*x.to(self.device, self.dtype)])
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise NotFusableError(f"cannot be compared: {error}") from error
         if found:

@@ -24,11 +24,11 @@ class Scale(nn.Module):
         return y if x.dtype is torch.float32 else (y + self.offset).to(self.dtype or x.dtype)
 
 
-def compare(other: Scale, x: Tensor) -> str | None:
+def compare(other: nn.Module, *inputs: Tensor) -> str | None:
     def build(original: nn.Module) -> nn.Module:
         return copy.deepcopy(other).to(original.weight.dtype)
 
-    return difference(Scale().to(x.dtype), build, lambda module, x: module(x), x)
+    return difference(Scale().to(inputs[0].dtype), build, lambda module, x: module(x), inputs)
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
@@ -52,3 +52,36 @@ def test_dtypes_and_shapes_must_be_the_originals():
     x = torch.ones(4, dtype=torch.bfloat16)
     expected = "computes something else: its output is float32 [4], not bfloat16 [4]"
     assert compare(Scale(dtype=torch.float32), x) == expected
+
+
+class Unlucky(Scale):
+    """y = weight · x, in 16 bits off by a 32nd of itself at x = 2ⁱ for some i."""
+
+    def __init__(self, exponents: list[int]) -> None:
+        super().__init__()
+        self.exponents = exponents
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.offset = x / 32 if x.detach()[0].log2() in self.exponents else 0.0
+        return super().forward(x)
+
+
+# The first of five inputs decides if it finds nothing; else three of them must find it.
+@pytest.mark.parametrize(
+    ("exponents", "stands"),
+    [([0], True), ([0, 4], True), ([0, 2, 3], False), ([0, 1, 2, 3, 4], False), ([1, 2, 3, 4], True)],
+)
+def test_doubts_at_one_input_are_settled_by_others(exponents, stands):
+    inputs = [torch.full((4,), 2.0**i, dtype=torch.bfloat16) for i in range(5)]
+    found = compare(Unlucky(exponents), *inputs)
+    assert found is None if stands else "its output is off by 0.03, where 0.004 would do" in found
+
+
+def test_another_formula_is_refused_at_any_input_that_is_looked_at():
+    class Bent(Unlucky):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1.001 if x.detach()[0] == 8 else 1)
+
+    inputs = [torch.full((4,), 2.0**i, dtype=torch.bfloat16) for i in range(5)]
+    assert compare(Bent([1]), *inputs) is None
+    assert compare(Bent([0]), *inputs) == "computes something else: its output differs by 0.001"
