@@ -170,12 +170,15 @@ class AttentionFunction(Function):
         query, key, value, attn_mask, *settings = inputs
         output, lse = outputs
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # or zeros would be made for lse
         ctx.settings = AttentionSettings(*settings)
         ctx.by_kernel = lse.dim() > 1
         ctx.save_for_backward(query, key, value, attn_mask, *((output, lse) if ctx.by_kernel else ()))
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_output: Tensor | None, d_lse: None) -> tuple[Tensor | None, ...]:
+        if d_output is None:
+            return (None,) * len(ctx.needs_input_grad)
         query, key, value, attn_mask, *kept = ctx.saved_tensors
         settings = ctx.settings
         gradients: tuple[Tensor | None, ...]

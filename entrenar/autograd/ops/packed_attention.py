@@ -121,10 +121,13 @@ class PackedAttentionFunction(Function):
         query, key, value, offsets, ctx.scale, ctx.is_causal = inputs
         output, lse = outputs
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # or zeros would be made for lse
         ctx.save_for_backward(query, key, value, offsets, output, lse)
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_output: Tensor | None, d_lse: None) -> tuple[Tensor | None, ...]:
+        if d_output is None:
+            return (None,) * len(ctx.needs_input_grad)
         query, key, value, offsets, output, lse = ctx.saved_tensors
         if torch.is_grad_enabled():  # a kernel's gradients could not be differentiated again
             settings = AttentionSettings(ctx.scale, 0.0, None, ctx.is_causal, True)
