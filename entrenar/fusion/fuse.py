@@ -46,7 +46,7 @@ def fuse(model: nn.Module) -> FusionReport:
 
     Candidates are what consists of the same parts as in Llama: modules named RMSNorm, parents of gate_proj, up_proj and
     down_proj, parents of q_proj, k_proj, v_proj and o_proj. One is replaced only after the new module gave its output
-    and its gradients on a random input, within the rounding of the dtype. The new modules hold the old parameters and
+    and its gradients on random input, within the rounding of the dtype. The new modules hold the old parameters and
     layers under the same names, so a state_dict stays the same. No class is changed, and no other model.
     """
     report = FusionReport()

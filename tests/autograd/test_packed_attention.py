@@ -236,3 +236,9 @@ def test_bad_dtypes_are_refused():
         packed_attention(x, x.double(), x, offsets)
     with pytest.raises(TypeError, match="does not take complex"):
         packed_attention(x.cfloat(), x.cfloat(), x.cfloat(), offsets)
+
+
+def test_result_that_leads_nowhere_has_no_gradient():
+    args = arguments(9, torch.float32)
+    y = torch._C._functions.UndefinedGrad()(packed_attention(*args, torch.tensor([0, 4, 9], device="cpu")))
+    assert torch.autograd.grad(y.sum(), args, allow_unused=True) == (None, None, None)
