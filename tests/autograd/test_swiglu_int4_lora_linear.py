@@ -100,14 +100,16 @@ def test_opcheck_of_the_backward_operator():
 
 def test_compiles_without_graph_breaks():
     down = layer()
-    gate, up = gate_and_up(5)
 
     def call(gate, up):
         return swiglu_int4_lora_linear(gate, up, *down)
 
-    y, expected = torch.compile(call, fullgraph=True, backend="aot_eager")(gate, up), call(gate, up)
-    assert torch.equal(y, expected)
-    assert_same_gradients(y, expected, [gate, up, *down[3:5]], torch.ones_like(y))
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for rows in ((5,), (2, 3), (7,)):  # other dimensions than the first ones make sizes symbols
+        gate, up = gate_and_up(*rows)
+        y, expected = compiled(gate, up), call(gate, up)
+        assert torch.equal(y, expected)
+        assert_same_gradients(y, expected, [gate, up, *down[3:5]], torch.ones_like(y))
 
 
 def test_vmap_calls_it_for_each(backend):
@@ -161,5 +163,7 @@ def test_arguments_that_do_not_fit_are_refused():
             swiglu_int4_lora_linear(gate, other, *down)
     with pytest.raises(ValueError, match=r"lora_A \(4, 79\)"):
         swiglu_int4_lora_linear(gate, up, *down[:3], down[3][:, 1:], *down[4:])
+    with pytest.raises(ValueError, match=r"bias has shape \(23,\), the weight 24 rows"):
+        swiglu_int4_lora_linear(gate, up, *down[:2], torch.randn(OUTPUTS - 1), *down[3:])
     with pytest.raises(RuntimeError, match="must have the shape and dtype"):
         torch.ops.entrenar.swiglu_int4_lora_linear(gate, up[:1], *down, 64)

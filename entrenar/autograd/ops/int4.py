@@ -209,7 +209,7 @@ def check_packed(codes: Tensor, scales: Tensor, in_features: int, block: int) ->
     blocks = math.ceil(in_features / block)
     if (
         codes.shape[1] != packed_columns(in_features)
-        or scales.shape[1] not in (2 * blocks, 4 * blocks)
+        or (scales.shape[1] != 2 * blocks and scales.shape[1] != 4 * blocks)  # not `in`, which compares no symbols
         or codes.shape[0] != scales.shape[0]
     ):
         raise ValueError(
