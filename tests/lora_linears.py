@@ -1,4 +1,4 @@
-"""What tests of LoRA layers share: layers at one x and their formula in float64, and the end of a gradient."""
+"""What tests of LoRA layers share: layers at one x, and their formula in float64."""
 
 from __future__ import annotations
 
@@ -6,18 +6,6 @@ import torch
 
 from entrenar.autograd.ops import int4_dequantize, int4_lora_linears, int4_quantize
 from entrenar.autograd.ops.int4_lora_linears import int4_lora_linears_reference
-
-
-class Cut(torch.autograd.Function):
-    """The same values, through which no gradient comes back."""
-
-    @staticmethod
-    def forward(ctx, y):
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx, dy):
-        return None
 
 
 def make(columns: int, sizes: tuple[int, ...], ranks: tuple[int, ...], biased: tuple[bool, ...]):

@@ -17,23 +17,22 @@ int64_t padded(int64_t columns) { return ceil_div(columns, kAttentionBlock) * kA
 class Sums {
  public:
   explicit Sums(const Problem& p)
-      : dk_tile(padded(p.kind.columns) * kAttentionBlock), dv_tile(padded(p.kind.value_columns) * kAttentionBlock),
-        heads_per_group_(p.heads_per_group()), head_tiles_(p.head_tiles()) {
+      : dk_tile(padded(p.kind.columns) * kAttentionBlock), dv_tile(padded(p.kind.value_columns) * kAttentionBlock), p_(p) {
     const int64_t tasks = p.sequences.size() * p.groups, floats = std::max<int64_t>(1, p.groups * stride());
     parts_ = std::max<int64_t>(1, std::min(kTasks / tasks, kMostPartFloats / floats));
-    shared_ = parts_ == 1 ? nullptr : reserve(p.groups * parts_ * head_tiles_);
+    shared_ = parts_ == 1 ? nullptr : reserve(p.groups * parts_ * p.head_tiles());
   }
 
-  int64_t parts_of(const Sequence& s) const { return std::min(parts_, s.blocks() * heads_per_group_); }
+  int64_t parts_of(const Sequence& s) const { return std::min(parts_, s.blocks() * p_.heads_per_group()); }
 
   // Those of the part `item.index`, where a part that is alone has its thread's own ones, which stay in its cache.
   float* of(const Item& item) const {
     const Sequence& s = *item.sequence;
     if (parts_ == 1) return reserve(s.tiles());
-    return shared_ + ((item.group * parts_ + item.index) * head_tiles_ + s.tile) * (dk_tile + dv_tile);
+    return shared_ + ((item.group * parts_ + item.index) * p_.head_tiles() + s.tile) * (dk_tile + dv_tile);
   }
 
-  int64_t stride() const { return head_tiles_ * (dk_tile + dv_tile); }  // from one part to the next
+  int64_t stride() const { return p_.head_tiles() * (dk_tile + dv_tile); }  // from one part to the next
   bool shared() const { return parts_ > 1; }
 
   const int64_t dk_tile, dv_tile;  // in floats
@@ -46,7 +45,7 @@ class Sums {
     return static_cast<float*>(workspace.reserve(tiles * (dk_tile + dv_tile) * sizeof(float)));
   }
 
-  const int64_t heads_per_group_, head_tiles_;
+  const Problem& p_;
   int64_t parts_;
   float* shared_;
 };
@@ -86,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, const T
   for_each(items_of(p, [&](const Sequence& s) { return sums.parts_of(s); }), [&](const Item& item, const Item* next) {
     const Sequence& s = *item.sequence;
     const int64_t blocks = s.blocks() * p.heads_per_group();
-    // By each part for itself, in its thread's cache: that takes less than to wait for one of them.
+    // Each part packs them for itself, into its thread's cache, and waits for no other.
     uint32_t* tiles = reserve_tiles(p, s.tiles(), true);
     for (Item tile = {&s, item.group, 0}; tile.index < s.tiles(); tile.index++) pack(p, tile, true, tiles);
     float* part = sums.of(item);

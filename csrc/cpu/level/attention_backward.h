@@ -119,14 +119,14 @@ void backward_block(const AttentionKind& kind, const AttentionBlock& block, cons
     for (int64_t first = 0; first < block.queries; first += kStrip) {
       at = meeting(kind, block, first, round_up(least(kStrip, block.queries - first), kUnit<kPairs>), key);
       dot_products<kPairs>(at, s.queries + first * layout.units, tile, layout.units, s.scores);
-      if (key == 0) fetch_strip(kind.dtype, ahead.q, first, ahead.queries, kind.columns);
+      if (key == 0) prefetch_strip(kind.dtype, ahead.q, first, ahead.queries, kind.columns);
       dot_products<kPairs>(at, s.d_outputs + first * layout.value_units, tile + layout.value, layout.value_units,
                            s.d_probabilities);
-      if (key == 0) fetch_strip(kind.dtype, ahead.d_o, first, ahead.queries, kind.value_columns);
+      if (key == 0) prefetch_strip(kind.dtype, ahead.d_o, first, ahead.queries, kind.value_columns);
       for_keys(at, [&](auto keys) { differentiate_softmax<kPairs, keys.kVectors, keys.kMasked>(at, scale, s); });
       sum_over_keys<kPairs>(at, s.d_scores, kBlockUnits<kPairs>, tile + layout.panels, kind.columns,
                             s.d_queries + first * kMaxColumns, key == 0);
-      if (key == 0) fetch_strip(kind.dtype, ahead.o, first, ahead.queries, kind.value_columns);
+      if (key == 0) prefetch_strip(kind.dtype, ahead.o, first, ahead.queries, kind.value_columns);
     }
     sum_over_queries<kPairs>(block, at, s.d_output_columns, kind.value_columns, s.probability_units, dv);
     sum_over_queries<kPairs>(block, at, s.query_columns, kind.columns, s.d_score_units, dk);

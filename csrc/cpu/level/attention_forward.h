@@ -27,7 +27,7 @@ void forward_strip(const AttentionKind& kind, const AttentionBlock& block, int64
   for (int64_t key = 0; key < keys_seen(kind, block); key += kBlock, tile += layout.words) {
     const Meeting at = meeting(kind, block, first, queries, key);
     dot_products<kPairs>(at, s.queries, tile, layout.units, s.scores);
-    if (key == 0) fetch_strip(kind.dtype, block.ahead.q, first, block.ahead.queries, kind.columns);
+    if (key == 0) prefetch_strip(kind.dtype, block.ahead.q, first, block.ahead.queries, kind.columns);
     for_keys(at, [&](auto keys) {
       OnlineSoftmax<kPairs, keys.kVectors, keys.kMasked>{at, scale, key == 0, strip}.run();
     });

@@ -37,13 +37,10 @@ inline Meeting meeting(const AttentionKind& kind, const AttentionBlock& block, i
   return {first, queries, diagonal ? least(keys, first + queries) : keys, diagonal};
 }
 
-// Asks for the rows of a strip, so that they come into the second-level cache.
-inline void fetch_strip(Dtype dtype, ConstRows rows, int64_t first, int64_t queries, int64_t columns) {
-  constexpr int64_t kLine = 64;
-  const int64_t bytes = columns * (dtype == kFloat32 ? 4 : 2);
+// Asks for the rows of a strip.
+inline void prefetch_strip(Dtype dtype, ConstRows rows, int64_t first, int64_t queries, int64_t columns) {
   for (int64_t query = first; query < least(queries, first + kStrip); query++) {
-    const char* row = (const char*)element(dtype, rows, query, 0);
-    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(row + i, 0, 2);
+    prefetch(element(dtype, rows, query, 0), columns * (dtype == kFloat32 ? 4 : 2));
   }
 }
 

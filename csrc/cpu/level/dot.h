@@ -190,12 +190,6 @@ inline void dot_block(const uint32_t* words, int groups, const uint32_t* x, vflo
   }
 }
 
-// Asks for what lies there, into the second-level cache.
-INLINE inline void prefetch(const void* from, int64_t bytes) {
-  constexpr int64_t kLine = 64;
-  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch((const char*)from + i, 0, 2);
-}
-
 // Asks for the codes that will be wanted some time after a square of them, from word `word` of its rows on.
 INLINE inline void prefetch_codes(const uint8_t* codes, int64_t row_bytes, int64_t word) {
   const int64_t words = row_bytes / kWord;

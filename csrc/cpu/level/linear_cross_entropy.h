@@ -85,12 +85,10 @@ class Head {
 
   // The share of these rows among all in the classes that come next.
   void prefetch_classes(int64_t first, int64_t row, int64_t strip, int64_t rows) const {
-    constexpr int64_t kLine = 64;
     const int64_t count = least(kClasses, p_.classes - first);
     if (count <= 0) return;
-    const char* at = (const char*)row_of(p_.weight, first + count * row / rows);
-    const char* const end = (const char*)row_of(p_.weight, first + count * (row + strip) / rows);
-    for (; at < end; at += kLine) __builtin_prefetch(at, 0, 2);
+    const auto* from = (const char*)row_of(p_.weight, first + count * row / rows);
+    prefetch(from, (const char*)row_of(p_.weight, first + count * (row + strip) / rows) - from);
   }
 
   // Scores of a strip by panels of classes: [panel][row][class].

@@ -48,6 +48,12 @@ inline void prefetch_ahead(const void* from, int64_t bytes, int64_t ahead = 2048
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch((const char*)from + ahead + i);
 }
 
+// Asks for what lies there, into the second-level cache.
+INLINE inline void prefetch(const void* from, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch((const char*)from + i, 0, 2);
+}
+
 // Conversions between widths, which gcc's __builtin_convertvector takes apart into single elements.
 #if defined(__AVX512F__)
 inline vuint widen(vbyte value) { return (vuint)_mm512_cvtepu8_epi32((__m128i)value); }

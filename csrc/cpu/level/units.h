@@ -8,7 +8,7 @@ namespace {
 
 using namespace entrenar;
 
-// The bytes of a row, then zeros. Rows of a head are so short that the standard functions would take longer to begin.
+// The bytes of a row, then zeros; without the two calls that this would be for every short row of a head.
 INLINE inline void copy_row(const void* from, int64_t bytes, uint32_t* to, int64_t room) {
   int64_t i = 0;
   for (; i + kLanes * 4 <= bytes; i += kLanes * 4) store((char*)to + i, load<vuint>((const char*)from + i));
