@@ -40,22 +40,28 @@ class Codec {
     values_.lookup(interleaved(_mm512_loadu_si512(codes)), values);
   }
 
-  // The codes of `kCodeVectors` vectors of values times `scale`.
-  void encode(const float* values, float scale, uint8_t* to) const {
+  // Vectors of values on their way to codes.
+  struct Places {
     vint scaled[kCodeVectors], places[kCodeVectors];
+  };
+
+  // Of vector `v` of the values, times `scale`.
+  void place(const float* values, float scale, int v, Places& to) const {
+    const vfloat value = load<vfloat>(values + v * kLanes) * scale;
+    to.scaled[v] = (vint)value;
+    to.places[v] = place_of(size_of(value));
+  }
+
+  // The codes of values that all have their places.
+  void encode(const float* values, float scale, const Places& from, uint8_t* to) const {
     __m512i fractions = _mm512_set1_epi32(-1);
 #pragma GCC unroll 4
-    for (int v = 0; v < kCodeVectors; v++) {
-      const vfloat value = load<vfloat>(values + v * kLanes) * scale;
-      scaled[v] = (vint)value;
-      places[v] = place(size_of(value));
-      fractions = _mm512_min_epu16(fractions, (__m512i)places[v]);
-    }
+    for (int v = 0; v < kCodeVectors; v++) fractions = _mm512_min_epu16(fractions, (__m512i)from.places[v]);
     if (_mm512_cmplt_epu16_mask(fractions, _mm512_set1_epi32(kDoubt))) return encode_by_buckets(values, scale, to);
-    __m512i codes = bytes<2>(places);
+    __m512i codes = bytes<2>(from.places);
     if constexpr (with_sign) {
       const __m512i zero = _mm512_set1_epi8(kZeroCode);
-      const __mmask64 negative = _mm512_movepi8_mask(bytes<3>(scaled));
+      const __mmask64 negative = _mm512_movepi8_mask(bytes<3>(from.scaled));
       codes = _mm512_mask_subs_epu8(_mm512_add_epi8(zero, codes), negative, zero, codes);
     } else {
       codes = _mm512_sub_epi8(codes, _mm512_set1_epi8(1));
@@ -76,7 +82,7 @@ class Codec {
   }
 
   // The code of a magnitude, in the third byte, and how far it is from the next smaller one, in the lower two.
-  vint place(vfloat size) const {
+  vint place_of(vfloat size) const {
     const vint bits = (vint)size;
     const vint region = (bits + (vint)lookup<32>((const float*)book_.regions, bits >> 23)) >> 23;
     const __m512 slope = (__m512)lookup<16>(book_.slopes, region), offset = (__m512)lookup<16>(book_.offsets, region);
@@ -101,9 +107,13 @@ class Codec {
     for (int i = 0; i < kLanes; i++) (*value)[i] = book_.values[codes[i]];
   }
 
-  void encode(const float* values, float scale, uint8_t* to) const {
-    store(to, codes_by_buckets<with_sign>(book_, load<vfloat>(values) * scale));
+  using Places = vbyte;
+
+  void place(const float* values, float scale, int, Places& to) const {
+    to = codes_by_buckets<with_sign>(book_, load<vfloat>(values) * scale);
   }
+
+  void encode(const float*, float, const Places& from, uint8_t* to) const { store(to, from); }
 
  private:
   const Codebook& book_;

@@ -69,16 +69,8 @@ struct CodesState {
   float* absmax;
 };
 
-// The codes of a whole block, of whose magnitudes the largest is among `most`.
-template <bool with_sign>
-inline void store_codes(const Codec<with_sign>& codec, const float* values, vfloat most, const CodesState& state) {
-  float size = largest(most);
-  if (size < kLeastAbsmax) size = 0;
-  *state.absmax = size;
-  const float inverse = size ? 1 / size : 0;
-  for (int i = 0; i < kCodeBlock; i += kCodeLanes) codec.encode(values + i, inverse, state.codes + i);
-}
-
+// Steps of blocks, one after the other. A block's new states become codes while the next block is computed, which waits
+// for square roots and divisions.
 template <Rule rule, Dtype dtype>
 class CodesStep {
  public:
@@ -86,19 +78,23 @@ class CodesStep {
       : call_(call), step_(step), factor_(factor), a_codec_(*call.codebooks[0]),
         b_codec_(*call.codebooks[rule == kAdam]) {}
 
-  // Of a block, whose first element is the parameter's `index`-th.
-  void take(Element<dtype>* params, const Element<dtype>* grads, const CodesState* states, int64_t index) const {
+  // Of a block, whose first element is the parameter's `index`-th. `finish` completes its codes, or the next block's step.
+  void take(Element<dtype>* params, const Element<dtype>* grads, const CodesState* states, int64_t index) {
     const float a_absmax = *states[0].absmax, b_absmax = rule == kAdam ? *states[1].absmax : 0;
     const OptimStep step = step_;  // which no store can change, so that it stays in registers
     const float factor = factor_;
+    const Uncoded last_a = last_[0], last_b = last_[1];
+    float* const new_as = values_[turn_][0];
+    float* const new_bs = values_[turn_][kStates - 1];
     constexpr int64_t kElementsAhead = 512;  // as many as of float32
-    alignas(64) float new_as[kCodeBlock], new_bs[kCodeBlock];
     vfloat a_most = {}, b_most = {};
     for (int i = 0; i < kCodeBlock; i += kCodeLanes) {
       vfloat as[kCodeVectors], bs[kCodeVectors] = {};
       for (int state = 0; state < kStates; state++) prefetch_ahead(states[state].codes + i, kCodeLanes, kElementsAhead);
       a_codec_.decode(states[0].codes + i, as);
       if (rule == kAdam) b_codec_.decode(states[1].codes + i, bs);
+      typename Codec<true>::Places a_places;
+      typename Codec<false>::Places b_places;
 #pragma GCC unroll 4
       for (int v = 0; v < kCodeVectors; v++) {
         const int j = i + v * kLanes;
@@ -112,15 +108,26 @@ class CodesStep {
           store(new_bs + j, b);
           b_most = larger(b, b_most);
         }
+        a_codec_.place(last_a.values + i, last_a.inverse, v, a_places);
+        if (rule == kAdam) b_codec_.place(last_b.values + i, last_b.inverse, v, b_places);
       }
+      a_codec_.encode(last_a.values + i, last_a.inverse, a_places, last_a.codes + i);
+      if (rule == kAdam) b_codec_.encode(last_b.values + i, last_b.inverse, b_places, last_b.codes + i);
     }
-    store_codes(a_codec_, new_as, a_most, states[0]);
-    if (rule == kAdam) store_codes(b_codec_, new_bs, b_most, states[1]);
+    last_[0] = scaled(new_as, a_most, states[0]);
+    if (rule == kAdam) last_[1] = scaled(new_bs, b_most, states[1]);
+    turn_ = 1 - turn_;
+  }
+
+  void finish() {
+    encode_all(a_codec_, last_[0]);
+    if (rule == kAdam) encode_all(b_codec_, last_[1]);
+    for (Uncoded& state : last_) state.codes = nowhere_;
   }
 
   // Of a shorter block, which is padded with what stays zero.
   void take_some(int64_t size, Element<dtype>* params, const Element<dtype>* grads, const CodesState* states,
-                 int64_t index) const {
+                 int64_t index) {
     constexpr int kZeros[kMaxStates] = {kZeroCode, 0};
     Element<dtype> padded_params[kCodeBlock] = {}, padded_grads[kCodeBlock] = {};
     uint8_t codes[kMaxStates][kCodeBlock];
@@ -133,6 +140,7 @@ class CodesStep {
       padded_states[s] = {codes[s], states[s].absmax};
     }
     take(padded_params, padded_grads, padded_states, index);
+    finish();
     __builtin_memcpy(params, padded_params, size * sizeof *params);
     for (int s = 0; s < kStates; s++) __builtin_memcpy(states[s].codes, codes[s], size);
   }
@@ -140,17 +148,45 @@ class CodesStep {
   static constexpr int kStates = rule == kAdam ? 2 : 1;
 
  private:
+  // A state of a block: its values, the inverse of their largest magnitude, and where their codes belong.
+  struct Uncoded {
+    const float* values;
+    float inverse;
+    uint8_t* codes;
+  };
+
+  template <bool with_sign>
+  static void encode_all(const Codec<with_sign>& codec, const Uncoded& block) {
+    for (int i = 0; i < kCodeBlock; i += kCodeLanes) {
+      typename Codec<with_sign>::Places places;
+      for (int v = 0; v < kCodeVectors; v++) codec.place(block.values + i, block.inverse, v, places);
+      codec.encode(block.values + i, block.inverse, places, block.codes + i);
+    }
+  }
+
+  // Of whose magnitudes the largest is among `most`.
+  static Uncoded scaled(const float* values, vfloat most, const CodesState& state) {
+    float size = largest(most);
+    if (size < kLeastAbsmax) size = 0;
+    *state.absmax = size;
+    return {values, size ? 1 / size : 0, state.codes};
+  }
+
   const OptimCall& call_;
   const OptimStep step_;
   const float factor_;
   const Codec<true> a_codec_;
   const Codec<false> b_codec_;
+  alignas(64) float values_[2][kStates][kCodeBlock] = {};  // of this block and of the last one, in turns
+  int turn_ = 0;
+  uint8_t nowhere_[kCodeBlock];
+  Uncoded last_[kMaxStates] = {{values_[1][0], 0, nowhere_}, {values_[1][kStates - 1], 0, nowhere_}};
 };
 
 template <Rule rule, Dtype dtype>
 void step_codes(const OptimCall& call, const OptimStep& step, float factor, const OptimTensor& t, int64_t begin,
                 int64_t end) {
-  const CodesStep<rule, dtype> steps(call, step, factor);
+  CodesStep<rule, dtype> steps(call, step, factor);
   auto* params = (Element<dtype>*)t.param;
   const auto* grads = (const Element<dtype>*)t.grad;
   for (int64_t i = begin; i < end; i += kCodeBlock) {
@@ -162,6 +198,7 @@ void step_codes(const OptimCall& call, const OptimStep& step, float factor, cons
       steps.take_some(end - i, params + i, grads + i, states, i);
     }
   }
+  steps.finish();
 }
 
 template <Rule rule, Dtype dtype>
