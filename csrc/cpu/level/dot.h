@@ -34,6 +34,7 @@ constexpr int kWord = 4;  // bytes of codes in a lane
 constexpr int kGroupWords = int4::kGroupBytes / kWord;
 
 static_assert(kDotColumns == kSquare, "rows of the weight are transposed a square at a time");
+static_assert(kGroupWords == kQuarter, "a quarter of its columns is a group");
 
 // What a word of codes is multiplied by: `kSteps` units of x, one for each step, float32 or pairs of bfloat16. A group
 // has kGroupSteps of them in the order in which pack_rows leaves x.
@@ -133,11 +134,17 @@ void pack_rows(const void* x, Dtype dtype, int64_t rows, int64_t columns, [[mayb
   }
 }
 
-// `count` words of each of `rows` rows that are `stride` bytes apart, as [word][row]; zeros where there are none.
+// `count` words of each of `rows` rows that are `stride` bytes apart, as a square; zeros where there are none.
+inline void pad_words(const void* from, int64_t stride, int64_t rows, int64_t count, uint32_t* square) {
+  __builtin_memset(square, 0, kSquare * kSquare * kWord);
+  for (int64_t r = 0; r < rows; r++) __builtin_memcpy(square + r * kSquare, (const char*)from + r * stride, count * kWord);
+}
+
+// The same as [word][row].
 inline void load_words(const void* from, int64_t stride, int64_t rows, int64_t count, uint32_t* out) {
   if (rows == kSquare && count == kSquare) return transpose_square((const uint32_t*)from, stride / kWord, out, kSquare);
-  uint32_t square[kSquare * kSquare] = {};
-  for (int64_t r = 0; r < rows; r++) __builtin_memcpy(square + r * kSquare, (const char*)from + r * stride, count * kWord);
+  uint32_t square[kSquare * kSquare];
+  pad_words(from, stride, rows, count, square);
   transpose_square(square, kSquare, out, kSquare);
 }
 
@@ -162,18 +169,20 @@ inline void load_scales(const Weight& w, int64_t row, int64_t rows, int64_t bloc
 constexpr int kSums = kLanes == 16 ? 16 : 10;
 constexpr int chains(int rows) { return 4 * rows <= kSums ? 4 : 2 * rows <= kSums ? 2 : 1; }
 
-// total += scale * (codes x), over `groups` groups of a block, for one vector of columns.
-template <bool kPairs, int kRows>
-inline void dot_block(const uint32_t* words, int groups, const uint32_t* x, vfloat scale, vfloat* total) {
+// total += scale * (codes x), over `groups` groups of a block, for one vector of columns. The codes are quarters of a
+// square from `quarter` on; with each `meanwhile(quarter)` is done.
+template <bool kPairs, int kRows, class Meanwhile>
+INLINE inline void dot_block(const TransposedByQuarters& square, int quarter, int groups, int row, const uint32_t* x,
+                             vfloat scale, vfloat* total, const Meanwhile& meanwhile) {
   constexpr int kChains = chains(kRows), kSteps = Step<kPairs>::kSteps;
   vfloat sums[kRows][kChains] = {};
   for (int g = 0; g < groups; g++, x += kGroupSteps<kPairs> * kRows) {
-#pragma GCC unroll 4
-    for (int t = 0; t < kGroupWords; t++, words += kSquare) {
-      const vuint loaded = keep(load<vuint>(words));
+    meanwhile(quarter + g);
+    square.give(quarter + g, row, [&](int t, vuint words) INLINE {
+      const vuint kept = keep(words);
 #pragma GCC unroll 8
       for (int i = 0; i < kSteps; i++) {
-        const vuint codes = Step<kPairs>::decode(loaded, i);
+        const vuint codes = Step<kPairs>::decode(kept, i);
         const uint32_t* xs = x + unit_of<kPairs>(t, i) * kRows;
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; m++) {
@@ -181,7 +190,7 @@ inline void dot_block(const uint32_t* words, int groups, const uint32_t* x, vflo
           sum = Step<kPairs>::multiply_add(sum, xs[m], codes);
         }
       }
-    }
+    });
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; m++) {
@@ -213,11 +222,22 @@ void dot_int4(const Weight& w, int64_t row, int64_t rows, const uint32_t* x, vfl
   const int64_t blocks = int4::blocks(w.columns, w.block);
   const int block_groups = w.block / int4::kGroup, block_words = block_groups * kGroupWords;
   const uint8_t* codes = w.codes + row * row_bytes;
-  alignas(64) uint32_t scales[kSquare * kSquare], squares[2][kSquare * kSquare];
-  const auto load_square = [&](int64_t word, uint32_t* square) {
-    load_words(codes + word * kWord, row_bytes, rows, words - word < kSquare ? words - word : kSquare, square);
+  alignas(64) uint32_t scales[kSquare * kSquare], padded[kSquare * kSquare];
+  TransposedByQuarters squares[2];
+
+  struct Square {
+    const uint32_t* words;
+    int64_t stride;
   };
-  if (words > 0) load_square(0, squares[0]);
+  const auto square_at = [&](int64_t word) -> Square {
+    const int64_t count = words - word < kSquare ? words - word : kSquare;
+    const uint8_t* from = codes + word * kWord;
+    if (rows == kSquare && count == kSquare) return {(const uint32_t*)from, row_bytes / kWord};
+    pad_words(from, row_bytes, rows, count, padded);
+    return {padded, kSquare};
+  };
+  Square next = words > 0 ? square_at(0) : Square{};
+  for (int q = 0; words > 0 && q < kQuarter; q++) squares[0].take(q, next.words, next.stride);
   int64_t block = 0;
   for (int64_t word = 0, i = 0; word < words; word += kSquare, i++) {
     if (block % kSquare == 0) {
@@ -225,18 +245,19 @@ void dot_int4(const Weight& w, int64_t row, int64_t rows, const uint32_t* x, vfl
       prefetch_scales(w, row, block, blocks);
     }
     prefetch_codes(codes, row_bytes, word);
-    // One square ahead, so that the transpose overlaps the multiplications.
-    if (word + kSquare < words) load_square(word + kSquare, squares[(i + 1) % 2]);
-
-    const uint32_t* square = squares[i % 2];
+    const bool more = word + kSquare < words;
+    if (more) next = square_at(word + kSquare);
     for (int64_t begin = word; begin < word + kSquare && begin < words; begin += block_words, block++) {
       const int groups = words - begin < block_words ? (words - begin) / kGroupWords : block_groups;
+      const int quarter = (begin - word) / kGroupWords;
       const uint32_t* xs = x + begin / kGroupWords * kGroupSteps<kPairs> * kRows;
       const uint32_t* s = scales + block % kSquare * kSquare;
       for (int v = 0; v < kDotVectors; v++) {
-        dot_block<kPairs, kRows>(square + v * kLanes, groups, xs, load<vfloat>(s + v * kLanes), total[v]);
+        dot_block<kPairs, kRows>(squares[i % 2], quarter, groups, v * kLanes, xs, load<vfloat>(s + v * kLanes), total[v],
+                                 [&](int q) INLINE {
+                                   if (v == 0 && more) squares[(i + 1) % 2].take(q, next.words, next.stride);
+                                 });
       }
-      square += block_words * kSquare;
     }
   }
 }
