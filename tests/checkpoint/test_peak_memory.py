@@ -75,7 +75,8 @@ def test_peak_is_the_loaded_size_and_one_tensor(tmp_path, bits):
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
     ) as loading:
-        assert loading.stdin and loading.stdout
+        assert loading.stdin
+        assert loading.stdout
         assert loading.stdout.readline() == "ready\n"
         before = peak = anonymous_memory(loading.pid)
         loading.stdin.write("\n")
