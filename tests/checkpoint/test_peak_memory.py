@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 MIB = 2**20
 STATUS = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
-# What neither the model nor one tensor explains: code loaded on the first use, threads, what the allocator keeps.
+# What neither the model nor one tensor explains: code loaded on the first use, threads, small blocks.
 SLACK = 32 * MIB
 LAYERS = 5
 

@@ -170,7 +170,7 @@ constexpr int kSums = kLanes == 16 ? 16 : 10;
 constexpr int chains(int rows) { return 4 * rows <= kSums ? 4 : 2 * rows <= kSums ? 2 : 1; }
 
 // total += scale * (codes x), over `groups` groups of a block, for one vector of columns. The codes are quarters of a
-// square from `quarter` on; with each `meanwhile(quarter)` is done.
+// square from `quarter` on; `meanwhile(quarter)` is called with each.
 template <bool kPairs, int kRows, class Meanwhile>
 INLINE inline void dot_block(const TransposedByQuarters& square, int quarter, int groups, int row, const uint32_t* x,
                              vfloat scale, vfloat* total, const Meanwhile& meanwhile) {
@@ -236,8 +236,8 @@ void dot_int4(const Weight& w, int64_t row, int64_t rows, const uint32_t* x, vfl
     pad_words(from, row_bytes, rows, count, padded);
     return {padded, kSquare};
   };
-  Square next = words > 0 ? square_at(0) : Square{};
-  for (int q = 0; words > 0 && q < kQuarter; q++) squares[0].take(q, next.words, next.stride);
+  Square next = square_at(0);
+  for (int q = 0; q < kQuarter; q++) squares[0].take(q, next.words, next.stride);
   int64_t block = 0;
   for (int64_t word = 0, i = 0; word < words; word += kSquare, i++) {
     if (block % kSquare == 0) {

@@ -83,7 +83,7 @@ class CodesStep {
     const float a_absmax = *states[0].absmax, b_absmax = rule == kAdam ? *states[1].absmax : 0;
     const OptimStep step = step_;  // which no store can change, so that it stays in registers
     const float factor = factor_;
-    const Uncoded last_a = last_[0], last_b = last_[1];
+    const Uncoded last_a = last(0), last_b = last(kStates - 1);
     float* const new_as = values_[turn_][0];
     float* const new_bs = values_[turn_][kStates - 1];
     constexpr int64_t kElementsAhead = 512;  // as many as of float32
@@ -114,15 +114,15 @@ class CodesStep {
       a_codec_.encode(last_a.values + i, last_a.inverse, a_places, last_a.codes + i);
       if (rule == kAdam) b_codec_.encode(last_b.values + i, last_b.inverse, b_places, last_b.codes + i);
     }
-    last_[0] = scaled(new_as, a_most, states[0]);
-    if (rule == kAdam) last_[1] = scaled(new_bs, b_most, states[1]);
+    store_absmax(0, a_most, states[0]);
+    if (rule == kAdam) store_absmax(1, b_most, states[1]);
     turn_ = 1 - turn_;
   }
 
   void finish() {
-    encode_all(a_codec_, last_[0]);
-    if (rule == kAdam) encode_all(b_codec_, last_[1]);
-    for (Uncoded& state : last_) state.codes = nowhere_;
+    encode_all(a_codec_, last(0));
+    if (rule == kAdam) encode_all(b_codec_, last(1));
+    for (uint8_t*& codes : last_codes_) codes = nowhere_;
   }
 
   // Of a shorter block, which is padded with what stays zero.
@@ -155,6 +155,8 @@ class CodesStep {
     uint8_t* codes;
   };
 
+  Uncoded last(int state) const { return {values_[1 - turn_][state], inverses_[state], last_codes_[state]}; }
+
   template <bool with_sign>
   static void encode_all(const Codec<with_sign>& codec, const Uncoded& block) {
     for (int i = 0; i < kCodeBlock; i += kCodeLanes) {
@@ -165,11 +167,12 @@ class CodesStep {
   }
 
   // Of whose magnitudes the largest is among `most`.
-  static Uncoded scaled(const float* values, vfloat most, const CodesState& state) {
+  void store_absmax(int index, vfloat most, const CodesState& state) {
     float size = largest(most);
     if (size < kLeastAbsmax) size = 0;
     *state.absmax = size;
-    return {values, size ? 1 / size : 0, state.codes};
+    inverses_[index] = size ? 1 / size : 0;
+    last_codes_[index] = state.codes;
   }
 
   const OptimCall& call_;
@@ -180,7 +183,8 @@ class CodesStep {
   alignas(64) float values_[2][kStates][kCodeBlock] = {};  // of this block and of the last one, in turns
   int turn_ = 0;
   uint8_t nowhere_[kCodeBlock];
-  Uncoded last_[kMaxStates] = {{values_[1][0], 0, nowhere_}, {values_[1][kStates - 1], 0, nowhere_}};
+  float inverses_[kMaxStates] = {};
+  uint8_t* last_codes_[kMaxStates] = {nowhere_, nowhere_};
 };
 
 template <Rule rule, Dtype dtype>
