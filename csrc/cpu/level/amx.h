@@ -92,8 +92,27 @@ struct Sums {
   int64_t stride, right, below;
 };
 
+// Loads the registers of up to 32 rows and columns, from unit `u` of their factors on.
+template <bool tall, bool wide, Far far>
+struct Operands {
+  const Factors& f;
+  const int64_t x_bytes = f.x_stride * sizeof(uint32_t), panel_bytes = f.panel_stride * sizeof(uint32_t);
+
+  void load_top(int64_t u) const { load<kTop, far == Far::kRows>(f.x + u, x_bytes); }
+  void load_left(int64_t u) const { load<kLeft, far == Far::kColumns>(f.left + u * f.panel_stride, panel_bytes); }
+  void load_bottom(int64_t u) const {
+    if constexpr (tall) load<kBottom, far == Far::kRows>(f.x + kRows * f.x_stride + u, x_bytes);
+  }
+  void load_right(int64_t u) const {
+    if constexpr (wide) load<kRight, far == Far::kColumns>(f.right + u * f.panel_stride, panel_bytes);
+  }
+};
+
 // after = before + Σ x panel, for `tall` 32 rows of x, else 16, and `wide` 32 columns of the panel, else 16. Without
-// `before` that is 0.
+// `before` that is 0. No factor is without units.
+//
+// A register is loaded again as soon as it has been used for the last time: a processor has few to rename them to, so that
+// a load right before its use would be waited for.
 template <bool tall, bool wide, Far far>
 inline void multiply(const Factors* factors, int count, const Sums* before, const Sums& after) {
   if (before) {
@@ -105,22 +124,19 @@ inline void multiply(const Factors* factors, int count, const Sums* before, cons
   } else {
     clear<kTopLeft>(), clear<kTopRight>(), clear<kBottomLeft>(), clear<kBottomRight>();
   }
-  constexpr bool kFarRows = far == Far::kRows, kFarColumns = far == Far::kColumns;
   for (const Factors* f = factors; f < factors + count; f++) {
-    const int64_t x_bytes = f->x_stride * sizeof(uint32_t), panel_bytes = f->panel_stride * sizeof(uint32_t);
-    for (int64_t u = 0; u < f->units; u += kUnits) {
-      load<kTop, kFarRows>(f->x + u, x_bytes);
-      load<kLeft, kFarColumns>(f->left + u * f->panel_stride, panel_bytes);
+    const Operands<tall, wide, far> operands = {*f};
+    operands.load_top(0), operands.load_left(0), operands.load_right(0), operands.load_bottom(0);
+    for (int64_t next = kUnits;; next += kUnits) {
+      const bool more = next < f->units;
       multiply_add<kTopLeft, kTop, kLeft>();
-      if constexpr (tall) {
-        load<kBottom, kFarRows>(f->x + kRows * f->x_stride + u, x_bytes);
-        multiply_add<kBottomLeft, kBottom, kLeft>();
-      }
-      if constexpr (wide) {
-        load<kRight, kFarColumns>(f->right + u * f->panel_stride, panel_bytes);
-        multiply_add<kTopRight, kTop, kRight>();
-        if constexpr (tall) multiply_add<kBottomRight, kBottom, kRight>();
-      }
+      if constexpr (wide) multiply_add<kTopRight, kTop, kRight>();
+      if (more) operands.load_top(next);
+      if constexpr (tall) multiply_add<kBottomLeft, kBottom, kLeft>();
+      if (more) operands.load_left(next);
+      if constexpr (tall && wide) multiply_add<kBottomRight, kBottom, kRight>();
+      if (!more) break;
+      operands.load_right(next), operands.load_bottom(next);
     }
   }
   const int64_t bytes = after.stride * sizeof(float);

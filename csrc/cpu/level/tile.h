@@ -137,8 +137,9 @@ __attribute__((noinline)) void multiply_part(int64_t rows, int64_t columns, amx:
                                              const amx::Sums& sums) {
   const int64_t rest = factors.units % amx::kUnits;
   factors.units -= rest;
-  if (factors.units != 0 || first) {  // without units as well, for sums of 0
-    amx::multiply<amx::Far::kNone>(rows, columns, amx::kUnits, &factors, 1, first ? nullptr : &sums, sums);
+  const int whole = factors.units != 0;
+  if (whole || first) {  // without factors as well, for sums of 0
+    amx::multiply<amx::Far::kNone>(rows, columns, amx::kUnits, &factors, whole, first ? nullptr : &sums, sums);
   }
   if (rest != 0) {
     const int64_t done = factors.units * factors.panel_stride;
