@@ -100,6 +100,14 @@ def test_result_without_gradient_counts_as_zero():
     assert not found[-1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_adapters_over_no_rows_are_zeros(dtype, backend):
+    layers = make(*QKV)
+    ys = int4_lora_linears(torch.randn(0, 80).to(dtype), *layers, 0.5)
+    gradients = torch.autograd.grad(ys, [*layers[3], *layers[4]], [torch.ones_like(y) for y in ys])
+    assert not any(gradient.any() for gradient in gradients)
+
+
 def test_result_that_leads_nowhere_has_no_gradient():
     codes, scales, _, lora_A, lora_B = make(*QKV)
     x = torch.randn(5, 80, requires_grad=True)

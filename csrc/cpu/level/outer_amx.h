@@ -72,7 +72,7 @@ void outer(const uint32_t* packed, int64_t rank, const uint16_t* b, int64_t rows
   const Registers registers;
   const int64_t stride = outer_stride(rows);
   OuterPanel panel;
-  alignas(64) float result[kTall][kWide] = {};  // and so without rows
+  alignas(64) float result[kTall][kWide] = {};  // which it stays where b has no rows
   const Sums sums = {result[0], kWide, kUnits, kRows * kWide};
   for (int64_t c = column_begin; c < column_end; c += kWide) {
     const int64_t count = column_end - c < kWide ? column_end - c : kWide;
