@@ -111,8 +111,7 @@ struct Operands {
 // after = before + Σ x panel, for `tall` 32 rows of x, else 16, and `wide` 32 columns of the panel, else 16. Without
 // `before` that is 0. No factor is without units.
 //
-// A register is loaded again as soon as it has been used for the last time: a processor has few to rename them to, so that
-// a load right before its use would be waited for.
+// A register is loaded again as soon as it has been used for the last time, or the next product would wait for it.
 template <bool tall, bool wide, Far far>
 inline void multiply(const Factors* factors, int count, const Sums* before, const Sums& after) {
   if (before) {
