@@ -1,9 +1,10 @@
 """Our attention beside torch's, forward and backward each, at the head sizes of SmolLM2-135M: 9 heads of 64 columns
 that share 3 heads of keys, seen in the projections' memory. "padded" is by such a mask as transformers makes where rows
-have padding: here the first begins with an eighth of it.
+have padding: here the first begins with an eighth of it. "window" is by one where each token sees a quarter of the row
+at most, up to itself.
 
-times_ours is torch's time over ours; floor_ms what the products under the diagonal, or the bytes, take at least on this
-machine, and of_floor its fraction of our time.
+times_ours is torch's time over ours; floor_ms what the products of queries and the keys that they see (with padding
+those under the diagonal), or the bytes, take at least on this machine, and of_floor its fraction of our time.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from torch.nn import functional as F
 from benchmarks.harness import Floor, Work, floor, interleaved, print_table, ratio, refuse_if_red, write
 from entrenar.autograd.ops import attention
 
-TESTS = ("tests/autograd/test_attention.py",)
+TESTS = ("tests/autograd/test_attention.py", "tests/autograd/test_masked_attention.py")
 HEADS, KV_HEADS, HEAD = 9, 3, 64
 SIZES = ((4, 256), (1, 1024), (4, 1024))
+WINDOWS = 4
 
 
-def work(batch: int, tokens: int, dtype: torch.dtype, *, backward: bool) -> Work:
-    """Two products of every query with the keys up to its own; backward, the four of their gradients."""
+def work(batch: int, tokens: int, window: int, dtype: torch.dtype, *, backward: bool) -> Work:
+    """Two products of every query with the keys of a window up to its own; backward, the four of their gradients."""
     outer, inner = (dtype.itemsize * batch * tokens * heads * HEAD for heads in (HEADS, KV_HEADS))
-    product = batch * HEADS * HEAD * tokens * (tokens + 1)
+    pairs = tokens * window - window * (window - 1) // 2
+    product = 2 * batch * HEADS * HEAD * pairs
     name = str(dtype).removeprefix("torch.")
     if backward:
         return Work(2 * outer + 2 * inner, outer + 2 * inner, 4 * product, name)
@@ -47,10 +50,16 @@ def measure(rounds: int, machine: Floor) -> list[dict[str, Any]]:
             )
             dy = torch.randn_like(query)
 
-            for kind, seen in {"causal": {"is_causal": True}, "padded": {"attn_mask": padded(batch, tokens)}}.items():
+            kinds: dict[str, dict[str, Any]] = {
+                "causal": {"is_causal": True},
+                "padded": {"attn_mask": padded(batch, tokens)},
+                "window": {"attn_mask": windowed(tokens)},
+            }
+            for kind, seen in kinds.items():
                 for step, calls in steps((query, key, value), dy, enable_gqa=True, **seen).items():
                     seconds = interleaved(calls, rounds)
-                    least = work(batch, tokens, dtype, backward=step == "backward")
+                    window = tokens // WINDOWS if kind == "window" else tokens
+                    least = work(batch, tokens, window, dtype, backward=step == "backward")
                     rows.append(
                         {
                             "dtype": str(dtype).removeprefix("torch."),
@@ -71,6 +80,10 @@ def padded(batch: int, tokens: int) -> Tensor:
     mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(batch, 1, tokens, tokens).clone()
     mask[0, :, :, : tokens // 8] = False
     return mask
+
+
+def windowed(tokens: int) -> Tensor:
+    return torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril().triu(1 - tokens // WINDOWS)
 
 
 def steps(args: tuple[Tensor, ...], dy: Tensor, **settings: Any) -> dict[str, dict[str, Callable[[], Any]]]:

@@ -67,3 +67,23 @@ def check_rounding(
 def tokens_seen(queries: int, keys: int, causal: bool) -> Tensor:
     seen = torch.ones(queries, keys, dtype=torch.bool)
     return seen.tril() if causal else seen
+
+
+def seen_and_bias(
+    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool = False
+) -> tuple[Tensor, Tensor | float]:
+    """What `check_rounding` takes instead of a mask."""
+    if mask is None:
+        return tokens_seen(query.shape[-2], key.shape[-2], causal), 0.0
+    mask = mask.expand(*query.shape[:-1], key.shape[-2])
+    if mask.dtype is torch.bool:
+        return mask, 0.0
+    return mask != -math.inf, mask.double().clamp(min=torch.finfo(mask.dtype).min)
+
+
+def kernel_arguments(
+    batch: int, heads: int, groups: int, queries: int, keys: int, columns: int, value_columns: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """Query, key and value, as projections are: in memory the heads of a token lie side by side."""
+    sizes = (heads, queries, columns), (groups, keys, columns), (groups, keys, value_columns)
+    return [torch.randn(batch, rows, n, width).to(dtype).transpose(1, 2) for n, rows, width in sizes]

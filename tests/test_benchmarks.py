@@ -72,7 +72,8 @@ def test_work_of_linear_layers(rank, backward):
     )
 
 
-def test_work_of_attention(monkeypatch):
+@pytest.mark.parametrize("window", [1, 4, 6])
+def test_work_of_attention(window, monkeypatch):
     monkeypatch.setattr(attention, "HEADS", 4)
     monkeypatch.setattr(attention, "KV_HEADS", 2)
     monkeypatch.setattr(attention, "HEAD", 8)
@@ -80,12 +81,12 @@ def test_work_of_attention(monkeypatch):
     q = torch.randn(batch, 4, tokens, 8)
     k = torch.randn(batch, 2, tokens, 8)
     products = operations(lambda: q @ q.mT @ q)
-    under_diagonal = (tokens + 1) / (2 * tokens)
-    forward = attention.work(batch, tokens, torch.float32, backward=False)
-    assert forward == Work(q.nbytes + 2 * k.nbytes, q.nbytes, products * under_diagonal, "float32")
-    backward = attention.work(batch, tokens, torch.float32, backward=True)
+    seen = torch.ones(tokens, tokens).tril().triu(1 - window).mean().item()
+    forward = attention.work(batch, tokens, window, torch.float32, backward=False)
+    assert forward == Work(q.nbytes + 2 * k.nbytes, q.nbytes, pytest.approx(products * seen), "float32")
+    backward = attention.work(batch, tokens, window, torch.float32, backward=True)
     assert backward == Work(
-        2 * (q.nbytes + k.nbytes), q.nbytes + 2 * k.nbytes, 2 * products * under_diagonal, "float32"
+        2 * (q.nbytes + k.nbytes), q.nbytes + 2 * k.nbytes, pytest.approx(2 * products * seen), "float32"
     )
 
 

@@ -11,9 +11,7 @@ namespace entrenar {
 
 namespace {
 
-std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> offsets,
-                                     double scale, bool causal) {
-  const Problem p(q, k, v, offsets, scale, causal);
+std::tuple<Tensor, Tensor> forward(const Problem& p, const Tensor& q) {
   Tensor o = new_heads(q, p.batch, p.heads, p.queries, p.kind.value_columns);
   Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.queries}, ScalarType::Float);
   if (p.keys == 0) {
@@ -34,7 +32,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   const auto blocks = items_of(p, [&](const Sequence& s) { return s.blocks() * p.heads_per_group(); });
   for_each(blocks, [&](const Item& item, const Item* next) {
     const Place place(p, item);
-    AttentionBlock block = {place.first, place.queries, place.rows(p.q), item.sequence->keys, tiles_of(item), {}};
+    AttentionBlock block = {place.first,    place.queries, place.rows(p.q), item.sequence->keys,
+                            tiles_of(item), place.mask(p), {}};
     if (next != nullptr) {
       const Place ahead(p, *next);
       block.ahead = {ahead.queries, ahead.rows(p.q), {}, {}};
@@ -45,8 +44,21 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {o, lse};
 }
 
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> offsets,
+                                     double scale, bool causal) {
+  return forward(Problem(q, k, v, offsets, scale, causal), q);
+}
+
+std::tuple<Tensor, Tensor> masked_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask,
+                                            double scale) {
+  return forward(Problem(q, k, v, mask, scale), q);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(entrenar, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+STABLE_TORCH_LIBRARY_IMPL(entrenar, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("masked_attention", TORCH_BOX(&masked_attention));
+}
 
 }  // namespace entrenar

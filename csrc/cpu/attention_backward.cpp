@@ -50,10 +50,10 @@ class Sums {
   float* shared_;
 };
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k,
-                                                      const Tensor& v, const Tensor& o, const Tensor& lse,
-                                                      std::optional<Tensor> offsets, double scale, bool causal) {
-  const Problem p(q, k, v, offsets, scale, causal);
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+Gradients backward(const Problem& p, const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v,
+                   const Tensor& o, const Tensor& lse) {
   const Input from_o = input(o, "o", p.kind.dtype, p.batch, p.heads, p.queries, p.kind.value_columns);
   const Input from_d_o = input(d_o, "d_o", p.kind.dtype, p.batch, p.heads, p.queries, p.kind.value_columns);
   STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.dim() == 3 &&
@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, const T
     for (Item at = item, following = item; at.index < blocks; at = following) {
       following.index += sums.parts_of(s);
       const Place place(p, at);
-      AttentionBlock block = {place.first, place.queries, place.rows(p.q), s.keys, tiles, {}};
+      AttentionBlock block = {place.first, place.queries, place.rows(p.q), s.keys, tiles, place.mask(p), {}};
       if (const Item* upcoming = following.index < blocks ? &following : next) {
         const Place ahead(p, *upcoming);
         block.ahead = {ahead.queries, ahead.rows(p.q), ahead.rows(from_d_o), ahead.rows(from_o)};
@@ -113,8 +113,21 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, const T
   return {dq, dk, dv};
 }
 
+Gradients attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
+                             const Tensor& lse, std::optional<Tensor> offsets, double scale, bool causal) {
+  return backward(Problem(q, k, v, offsets, scale, causal), d_o, q, k, v, o, lse);
+}
+
+Gradients masked_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const Tensor& o, const Tensor& lse, const Tensor& mask, double scale) {
+  return backward(Problem(q, k, v, mask, scale), d_o, q, k, v, o, lse);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(entrenar, CPU, m) { m.impl("attention_backward", TORCH_BOX(&attention_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(entrenar, CPU, m) {
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("masked_attention_backward", TORCH_BOX(&masked_attention_backward));
+}
 
 }  // namespace entrenar

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../arguments.h"
+#include "attention_mask.h"
 #include "dispatch.h"
 #include "workspace.h"
 
@@ -87,6 +88,7 @@ struct Problem {
   int64_t batch, heads, groups, queries, keys;  // `groups` are heads of k and v
   Input q, k, v;
   std::vector<Sequence> sequences;
+  Mask mask;
 
   Problem(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& offsets,
           double scale, bool causal) {
@@ -107,6 +109,12 @@ struct Problem {
         sequences.push_back({b, 0, queries, 0, keys, b * ceil_div(keys, kAttentionBlock)});
       }
     }
+  }
+
+  // By a mask, which says all that there is to say of who sees whom.
+  Problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& given, double scale)
+      : Problem(query, key, value, std::nullopt, scale, false) {
+    mask = Mask(given, kind.dtype, batch, heads, queries, keys);
   }
 
   int64_t heads_per_group() const { return groups == 0 ? 0 : heads / groups; }
@@ -182,6 +190,8 @@ struct Place {
   RowsType rows(const Heads<Pointer, RowsType>& x) const {
     return x.rows(batch, head, query);
   }
+
+  AttentionMask mask(const Problem& p) const { return p.mask.from(batch, head, query); }
 
   // Among all queries' numbers, [batch, heads, queries].
   int64_t number(const Problem& p) const { return (batch * p.heads + head) * p.queries + query; }

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from attention_rounding import check_rounding, tokens_seen
+from attention_rounding import check_rounding, kernel_arguments, seen_and_bias, tokens_seen
 from float64 import check_against_float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,15 +60,6 @@ def check_sample(sample, factor):
     scale = settings.get("scale") or 1 / math.sqrt(sample.input.shape[-1])
     seen, bias = seen_and_bias(sample.input, key, mask, causal)
     return check_rounding(lambda *args: attention(*args, mask, **settings), sample.input, key, value, seen, scale, bias)
-
-
-def seen_and_bias(query, key, mask, causal=False):
-    if mask is None:
-        return tokens_seen(query.shape[-2], key.shape[-2], causal), 0.0
-    mask = mask.expand(*query.shape[:-1], key.shape[-2])
-    if mask.dtype is torch.bool:
-        return mask, 0.0
-    return mask != -math.inf, mask.double().clamp(min=torch.finfo(mask.dtype).min)
 
 
 @pytest.fixture
@@ -337,12 +328,6 @@ KERNEL_SIZES = {
 }
 
 
-def kernel_arguments(batch, heads, groups, queries, keys, columns, value_columns, dtype):
-    """Projections: in memory the heads of a token lie side by side."""
-    sizes = (heads, queries, columns), (groups, keys, columns), (groups, keys, value_columns)
-    return [torch.randn(batch, rows, n, width).to(dtype).transpose(1, 2) for n, rows, width in sizes]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("size", KERNEL_SIZES)
@@ -369,48 +354,6 @@ def test_kernel_at_any_size(sizes, causal, contiguous, dtype):
         args = [x.contiguous() for x in args]
     seen = tokens_seen(*rest[:2], causal)
     check_rounding(lambda *args: attention(*args, is_causal=causal, enable_gqa=True, scale=0.2), *args, seen, 0.2)
-
-
-@given(
-    st.tuples(*(st.integers(1, n) for n in (2, 2, 3, 150, 150, 70, 70))),
-    st.sampled_from(["boolean", "additive", "keys", "mostly blind", "padding"]),
-    st.sampled_from([torch.float32, torch.bfloat16]),
-)
-@settings(max_examples=60, deadline=None)
-def test_masks_at_any_size(sizes, kind, dtype):
-    batch, groups, shared, *rest = sizes
-    torch.manual_seed(sum(sizes))
-    if kind == "padding":
-        rest[1] = rest[0]
-    args = kernel_arguments(batch, groups * shared, groups, *rest, dtype)
-    queries, keys = rest[:2]
-    starts, ends = torch.randint(keys + 1, (2, batch, 1)).sort(0).values  # of one it may be nothing
-    places = torch.arange(keys)
-    padding = ((places >= starts) & (places < ends)).view(batch, 1, 1, keys)
-    mask = {
-        "padding": lambda: padding & torch.ones(queries, keys, dtype=torch.bool).tril(),
-        "boolean": lambda: torch.rand(batch, 1, queries, keys) < 0.5,
-        "additive": lambda: (
-            torch.randn(groups * shared, queries, keys)
-            .to(dtype)
-            .masked_fill(torch.rand(queries, keys) < 0.3, -math.inf)
-        ),
-        "keys": lambda: torch.rand(batch, 1, 1, keys) < 0.5,
-        "mostly blind": lambda: (torch.rand(queries, 1) < 0.1).expand(queries, keys),
-    }[kind]()
-    seen, bias = seen_and_bias(*args[:2], mask)
-    check_rounding(lambda *args: attention(*args, mask, enable_gqa=True, scale=0.2), *args, seen, 0.2, bias)
-
-
-@pytest.mark.parametrize("kind", ["padding", "any"])
-def test_opcheck_of_the_gradient_by_masks(kind):
-    q, k, v = kernel_arguments(2, 4, 2, 7, 7, 8, 8, torch.float32)
-    causal = torch.ones(7, 7, dtype=torch.bool).tril()
-    mask = (causal & (torch.arange(7) > 1) if kind == "padding" else torch.rand(7, 7) < 0.5).view(1, 1, 7, 7)
-    o, lse = torch.ops.entrenar.masked_attention(q, k, v, mask, 0.3)
-    arguments = torch.randn_like(o), q, k, v, o, lse, mask, 0.3
-    results = torch.library.opcheck(torch.ops.entrenar.masked_attention_backward.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

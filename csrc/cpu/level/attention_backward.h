@@ -18,8 +18,8 @@ struct BackwardScratch {
 };
 
 // dS = P (dP - delta) without the factor `scale`: for the sums over keys, and with P for those over queries.
-template <bool kPairs, int kVectors, bool kMasked>
-void differentiate_softmax(const Meeting& at, float scale, BackwardScratch& s) {
+template <bool kPairs, int kVectors, Seen how>
+void differentiate_softmax(const Meeting& at, Dtype dtype, float scale, BackwardScratch& s) {
   constexpr int kRows = kUnit<kPairs>, kAtOnce = kUnit<kPairs>;
   for (int64_t query = 0; query < at.queries; query += kRows) {
     uint32_t* p_units = s.probability_units + (at.first + query) / kRows * kBlock;
@@ -30,8 +30,8 @@ void differentiate_softmax(const Meeting& at, float scale, BackwardScratch& s) {
 #pragma GCC unroll 4
       for (int i = 0; i < kRows * kAtOnce; i++) {
         const int row = query + i / kAtOnce, vector = v + i % kAtOnce;
-        p[i] = relative_score<kMasked>(s.scores + row * kBlock + vector * kLanes, scale, s.lse[at.first + row],
-                                       at.seen(row) - vector * kLanes);
+        p[i] = relative_score<kPairs, how>(at, dtype, row, vector, s.scores + row * kBlock + vector * kLanes, scale,
+                                           s.lse[at.first + row]);
       }
       Probability<kPairs>::of(p);
 #pragma GCC unroll 4
@@ -70,10 +70,6 @@ inline vfloat load_values(Dtype dtype, const void* from, int64_t index) {
   return dtype == kFloat32 ? load<vfloat>((const float*)from + index) : load_bfloat16((const uint16_t*)from + index);
 }
 
-inline float load_value(Dtype dtype, const void* from, int64_t index) {
-  return dtype == kFloat32 ? ((const float*)from)[index] : int4::bfloat16_to_float(((const uint16_t*)from)[index]);
-}
-
 inline float dot_of_rows(Dtype dtype, const void* a, const void* b, int64_t columns) {
   vfloat total = {};
   int64_t c = 0;
@@ -83,13 +79,14 @@ inline float dot_of_rows(Dtype dtype, const void* a, const void* b, int64_t colu
   return sum(total) + rest;
 }
 
-// Of each query delta = dO · O. Queries that fill up the block get lse = infinity, and so probabilities of 0.
+// Of each query delta = dO · O. Those that see nothing or fill up the block get lse = infinity, and so probabilities of 0.
 template <bool kPairs>
 void load_statistics(const AttentionKind& kind, const AttentionBlock& block, const AttentionGradient& gradient,
                      BackwardScratch& s) {
   for (int64_t q = 0; q < kBlock; q++) {
     const bool exists = q < block.queries;
-    s.lse[q] = exists ? gradient.lse[q] * Probability<kPairs>::kPerNat : __builtin_inff();
+    const bool sees = exists && gradient.lse[q] != -__builtin_inff();
+    s.lse[q] = sees ? gradient.lse[q] * Probability<kPairs>::kPerNat : __builtin_inff();
     s.delta[q] = exists ? dot_of_rows(kind.dtype, element(kind.dtype, gradient.o, q, 0),
                                       element(kind.dtype, gradient.d_o, q, 0), kind.value_columns)
                         : 0;
@@ -114,25 +111,30 @@ void backward_block(const AttentionKind& kind, const AttentionBlock& block, cons
   const AttentionAhead& ahead = block.ahead;
   const uint32_t* tile = block.packed;
   float *dk = gradient.dk, *dv = gradient.dv;
-  for (int64_t key = 0; key < keys_seen(kind, block); key += kBlock, tile += layout.words) {
-    Meeting at;
+  bool begun = false;
+  for (int64_t key = 0; key < keys_seen(kind, block);
+       key += kBlock, tile += layout.words, dk += dk_tile, dv += dv_tile) {
+    Meeting at = meeting(kind, block, 0, block.queries, key);
+    const int64_t most = at.keys;
+    if (most == 0) continue;
     for (int64_t first = 0; first < block.queries; first += kStrip) {
       at = meeting(kind, block, first, round_up(least(kStrip, block.queries - first), kUnit<kPairs>), key);
+      if (at.mask.given()) at.keys = most;  // as many for all strips, which are summed over together
       dot_products<kPairs>(at, s.queries + first * layout.units, tile, layout.units, s.scores);
-      if (key == 0) prefetch_strip(kind.dtype, ahead.q, first, ahead.queries, kind.columns);
+      if (!begun) prefetch_strip(kind.dtype, ahead.q, first, ahead.queries, kind.columns);
       dot_products<kPairs>(at, s.d_outputs + first * layout.value_units, tile + layout.value, layout.value_units,
                            s.d_probabilities);
-      if (key == 0) prefetch_strip(kind.dtype, ahead.d_o, first, ahead.queries, kind.value_columns);
-      for_keys(at, [&](auto keys) { differentiate_softmax<kPairs, keys.kVectors, keys.kMasked>(at, scale, s); });
+      if (!begun) prefetch_strip(kind.dtype, ahead.d_o, first, ahead.queries, kind.value_columns);
+      for_keys(at, [&](auto keys) { differentiate_softmax<kPairs, keys.kVectors, keys.kSeen>(at, kind.dtype, scale, s); });
       sum_over_keys<kPairs>(at, s.d_scores, kBlockUnits<kPairs>, tile + layout.panels, kind.columns,
-                            s.d_queries + first * kMaxColumns, key == 0);
-      if (key == 0) prefetch_strip(kind.dtype, ahead.o, first, ahead.queries, kind.value_columns);
+                            s.d_queries + first * kMaxColumns, !begun);
+      if (!begun) prefetch_strip(kind.dtype, ahead.o, first, ahead.queries, kind.value_columns);
     }
     sum_over_queries<kPairs>(block, at, s.d_output_columns, kind.value_columns, s.probability_units, dv);
     sum_over_queries<kPairs>(block, at, s.query_columns, kind.columns, s.d_score_units, dk);
-    dk += dk_tile;
-    dv += dv_tile;
+    begun = true;
   }
+  if (!begun) __builtin_memset(s.d_queries, 0, sizeof s.d_queries);
   for (int64_t query = 0; query < block.queries; query++) {
     const float* d_query = s.d_queries + query / kStrip * kStrip * kMaxColumns + query % kStrip * kBlock;
     store_panel_row(kind.dtype, d_query, kStrip * kBlock, kind.columns, kind.scale,

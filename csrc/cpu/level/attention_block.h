@@ -33,12 +33,22 @@ struct AttentionAhead {
   ConstRows q, d_o, o;
 };
 
+// Which keys each of some queries sees, or what is added to its scores.
+struct AttentionMask {
+  const uint64_t* seen;  // by bits: key k is the (k % 64)-th of word k / 64; or null
+  const void* bias;      // of the tensors' dtype, or null
+  int64_t stride;        // words or elements from one query to the next
+
+  bool given() const { return seen || bias; }
+};
+
 // Up to kAttentionBlock queries of a head, and the packed keys of their sequence.
 struct AttentionBlock {
   int64_t first, queries;  // `first` is a multiple of kAttentionBlock
   ConstRows q;
   int64_t keys;
   const uint32_t* packed;
+  AttentionMask mask;  // from the first of the queries on
   AttentionAhead ahead;
 };
 

@@ -14,6 +14,18 @@ struct ForwardScratch {
   SoftmaxRow rows[kStrip];
 };
 
+// Whether a mask lets a query of the block see some key.
+inline bool sees_some(const AttentionKind& kind, const AttentionBlock& block, int64_t query) {
+  const AttentionMask& mask = block.mask;
+  for (int64_t key = 0; key < block.keys; key++) {
+    if (mask.seen ? mask.seen[query * mask.stride + key / kBlock] >> key % kBlock & 1
+                  : load_value(kind.dtype, mask.bias, query * mask.stride + key) != -__builtin_inff()) {
+      return true;
+    }
+  }
+  return false;
+}
+
 template <bool kPairs>
 void forward_strip(const AttentionKind& kind, const AttentionBlock& block, int64_t first, const AttentionOutput& output,
                    ForwardScratch& s) {
@@ -24,20 +36,28 @@ void forward_strip(const AttentionKind& kind, const AttentionBlock& block, int64
                     s.queries, layout.units);
   const SoftmaxStrip strip = {s.rows, s.scores, s.probabilities, kBlockUnits<kPairs>, s.outputs, kind.value_columns};
   const uint32_t* tile = block.packed;
+  bool begun = false;
   for (int64_t key = 0; key < keys_seen(kind, block); key += kBlock, tile += layout.words) {
     const Meeting at = meeting(kind, block, first, queries, key);
+    if (at.keys == 0) continue;
     dot_products<kPairs>(at, s.queries, tile, layout.units, s.scores);
-    if (key == 0) prefetch_strip(kind.dtype, block.ahead.q, first, block.ahead.queries, kind.columns);
+    if (!begun) prefetch_strip(kind.dtype, block.ahead.q, first, block.ahead.queries, kind.columns);
     for_keys(at, [&](auto keys) {
-      OnlineSoftmax<kPairs, keys.kVectors, keys.kMasked>{at, scale, key == 0, strip}.run();
+      OnlineSoftmax<kPairs, keys.kVectors, keys.kSeen>{at, kind.dtype, scale, !begun, strip}.run();
     });
     sum_over_keys<kPairs>(at, s.probabilities, kBlockUnits<kPairs>, tile + layout.panels, kind.value_columns, s.outputs,
-                          key == 0);
+                          !begun);
+    begun = true;
   }
   for (int64_t query = 0; query < queries; query++) {
-    const float total = sum(s.rows[query].total);
-    store_panel_row(kind.dtype, s.outputs + query * kBlock, kStrip * kBlock, kind.value_columns, 1.0f / total,
-                    element(kind.dtype, output.o, first + query, 0));
+    const float total = begun ? sum(s.rows[query].total) : 0;
+    void* const o = element(kind.dtype, output.o, first + query, 0);
+    if (total == 0 && block.mask.given() && !sees_some(kind, block, first + query)) {
+      __builtin_memset(o, 0, kind.value_columns * (kind.dtype == kFloat32 ? 4 : 2));
+      output.lse[first + query] = -__builtin_inff();
+      continue;
+    }
+    store_panel_row(kind.dtype, s.outputs + query * kBlock, kStrip * kBlock, kind.value_columns, 1.0f / total, o);
     output.lse[first + query] = s.rows[query].reference / Probability<kPairs>::kPerNat + __builtin_logf(total);
   }
 }

@@ -24,6 +24,10 @@ inline const void* element(Dtype dtype, ConstRows rows, int64_t row, int64_t col
   return (const char*)rows.data + (row * rows.stride + column) * (dtype == kFloat32 ? 4 : 2);
 }
 
+inline float load_value(Dtype dtype, const void* from, int64_t index) {
+  return dtype == kFloat32 ? ((const float*)from)[index] : int4::bfloat16_to_float(((const uint16_t*)from)[index]);
+}
+
 // out[row][unit of columns]; zero beyond the columns.
 template <bool kPairs>
 void pack_rows(Dtype dtype, ConstRows x, int64_t rows, int64_t columns, uint32_t* out, int64_t stride) {

@@ -65,6 +65,16 @@ inline vint lane_numbers() {
   return numbers;
 }
 
+// `value` in the lanes whose bits are set, and `other` elsewhere.
+inline vfloat choose(uint64_t bits, vfloat value, vfloat other) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_mask_blend_ps((__mmask16)bits, (__m512)other, (__m512)value);
+#else
+  const vint lane = 1 << lane_numbers();
+  return (lane & (int32_t)bits) != 0 ? value : other;
+#endif
+}
+
 // The first `count` elements, and zeros in the other lanes.
 template <Dtype dtype>
 inline vfloat load_some(const Element<dtype>* from, int64_t count) {

@@ -24,20 +24,21 @@ struct SoftmaxStrip {
 
 // Probabilities of a tile of `kVectors` vectors; the scores are multiplied by `scale` first. A row keeps the reference that
 // it got from its first tile, unless probabilities become so large that it needs another.
-template <bool kPairs, int kVectors, bool kMasked>
+template <bool kPairs, int kVectors, Seen how>
 struct OnlineSoftmax {
   static constexpr float kLarge = 65536;
   static constexpr int kAtOnce = kVectors < 4 ? kVectors : 4;
 
   const Meeting& at;
+  const Dtype dtype;  // of a bias
   const float scale;
   const bool first;
   const SoftmaxStrip& strip;
 
   vfloat score(int64_t row, int v, float reference) const {
     const int64_t panel = v / kBlockVectors, vector = v % kBlockVectors;
-    return relative_score<kMasked>(strip.scores + (panel * kStrip + row) * kBlock + vector * kLanes, scale, reference,
-                                   at.seen(row) - v * kLanes);
+    const float* scores = strip.scores + (panel * kStrip + row) * kBlock + vector * kLanes;
+    return relative_score<kPairs, how>(at, dtype, row, v, scores, scale, reference);
   }
 
   // Makes the highest score of this tile the reference.

@@ -1,4 +1,4 @@
-"""What the attention ops of every device look at first: shapes, and what a mask adds to the scores."""
+"""What attention on CUDA looks at first, shapes and what a mask adds to the scores; and what its results lie in."""
 
 from __future__ import annotations
 

@@ -95,13 +95,13 @@ def _heads(x: Tensor) -> Tensor:
 
 
 def _of_heads(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A mask that broadcasts to [..., H, T, S] as one that broadcasts to [B, H, T, S]."""
+    """A mask that broadcasts to [..., H, T, S] as [B, H, T, S] with 1 in place of any of the first three."""
     fitted = mask.expand(*query.shape[:-1], key.shape[-2])  # or an error
     if query.dim() > 4:
         mask = fitted.flatten(0, -4)
     while mask.dim() < 4:
         mask = mask.unsqueeze(0)
-    return mask
+    return mask.expand(-1, -1, -1, key.shape[-2])
 
 
 def _attention_fake(
@@ -134,7 +134,7 @@ define(
     _attention_backward_fake,
 )
 
-# By a mask that broadcasts to [B, H, T, S], boolean or of q's dtype and added to the scores.
+# By a mask [B, H, T, S], or 1 in place of any of the first three, boolean or of q's dtype and added to the scores.
 define(
     "masked_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> (Tensor o, Tensor lse)",
     lambda q, k, v, mask, scale: _attention_fake(q, k, v, None, scale, False),

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import entrenar.autograd.ops._attention_cpu
-import entrenar.autograd.ops._attention_cuda  # noqa: F401 (both register kernels)
+import entrenar.autograd.ops._attention_cuda  # noqa: F401 (registers kernels)
 from entrenar.autograd.ops._attention_kernel import attention_backward, attention_forward, has_kernel, takes_mask
 from entrenar.autograd.ops._autocast import autocast
 from entrenar.autograd.ops._function import Function
@@ -63,9 +62,9 @@ def scaled_dot_product_attention(
 
     There are kernels, without dropout, for up to 256 columns, where nothing is broadcast but a mask, which has no
     gradient and is boolean or of query's dtype; for their backward the output and a number for each query are kept too.
-    On the CPU they take float32 and bfloat16, and are torch's for a mask that says more than causal and padding. On
-    CUDA (from compute capability 8.0) they are torch's, for float32, bfloat16 and float16, the last two with is_causal
-    only if T <= S; their gradients are the same in every run only under torch.use_deterministic_algorithms.
+    On the CPU they take float32 and bfloat16. On CUDA (from compute capability 8.0) they are torch's, for float32,
+    bfloat16 and float16, the last two with is_causal only if T <= S; their gradients are the same in every run only
+    under torch.use_deterministic_algorithms.
 
     Raises RuntimeError where shapes, dtypes or devices do not match, TypeError for values that are not floating point.
     """
