@@ -82,7 +82,13 @@ def test_sliding_window_reaches_the_attention():
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "looked_at"), [("llama", {}, False), ("mistral", {"sliding_window": 4}, True)]
+    ("family", "settings", "looked_at"),
+    [
+        ("llama", {}, False),
+        ("mistral", {"sliding_window": 4}, True),
+        ("mistral", {"sliding_window": 17}, True),
+        ("mistral", {"sliding_window": 18}, False),
+    ],
 )
 def test_a_mask_is_looked_at_where_it_says_more_than_causal(family, settings, looked_at, monkeypatch):
     fused, plain, _ = twins(family, **settings)
@@ -127,6 +133,19 @@ def test_packed_sequences_that_need_a_mask_are_refused(family, settings, reason)
     offsets = torch.tensor([0, 5, 9], device="cpu")
     with pytest.raises(ValueError, match=reason):
         fused(ids()[:1, :9], cu_seq_lens_q=offsets, use_cache=False)
+
+
+@pytest.mark.parametrize("window", [5, 6])
+def test_a_packed_sequence_may_be_as_long_as_the_window(window):
+    fused, _, _ = twins("mistral", sliding_window=window)
+    offsets = torch.tensor([0, 6, 9], device="cpu")
+    attention = fused.model.layers[0].self_attn
+    assert [attention.packs(length) for length in (window, window + 1)] == [True, False]
+    if window < 6:
+        with pytest.raises(ValueError, match="no window that is shorter"):
+            fused(ids()[:1, :9], cu_seq_lens_q=offsets, use_cache=False)
+    else:
+        assert fused(ids()[:1, :9], cu_seq_lens_q=offsets, use_cache=False).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -155,7 +155,10 @@ def test_compiles_without_graph_breaks():
         (lambda: LoRALayer(nn.ReLU(), rank=4, alpha=8), "ReLU has no in_features"),
         (lambda: LoRALayer(nn.Linear(4, 3), 4, 3, rank=2, alpha=8), "not d_in=3 to d_out=4"),
         (lambda: LoRALayer(torch.ones(12), rank=2, alpha=8), "needs d_out and d_in"),
+        (lambda: LoRALayer(torch.ones(12), 3, rank=2, alpha=8), "needs d_out and d_in"),
+        (lambda: LoRALayer(torch.ones(12), None, 4, rank=2, alpha=8), "needs d_out and d_in"),
         (lambda: LoRALayer(torch.ones(12), 3, 5, rank=2, alpha=8), "is not d_out x d_in"),
+        (lambda: LoRALayer(torch.ones(4, 3), 3, 4, rank=2, alpha=8), "is not d_out x d_in"),
         (lambda: LoRALayer(nn.Linear(4, 3), rank=0, alpha=8), "rank must be at least 1"),
         (lambda: LoRALayer(nn.Linear(4, 3), rank=2, alpha=8, dropout=1.0), "dropout"),
         (lambda: QLoRALayer(nn.Bilinear(2, 2, 2), rank=2, alpha=8), "Bilinear cannot be quantized"),
@@ -184,6 +187,18 @@ def hooked(layers):
     layers[0].register_forward_hook(lambda *_: None)
 
 
+def hooked_before(layers):
+    layers[0].register_forward_pre_hook(lambda *_: None)
+
+
+def hooked_backward(layers):
+    layers[0].register_full_backward_hook(lambda *_: None)
+
+
+def hooked_before_the_backward(layers):
+    layers[0].register_full_backward_pre_hook(lambda *_: None)
+
+
 def replaced(layers):
     forward = layers[1].forward
     layers[1].forward = lambda x: 2 * forward(x)
@@ -202,14 +217,17 @@ def undecorated(layers):
     layers[1] = layers[1].base
 
 
-@pytest.mark.parametrize("change", [None, hooked, replaced, dropping, scaled, undecorated])
+HOOKED = [hooked, hooked_before, hooked_backward, hooked_before_the_backward]
+
+
+@pytest.mark.parametrize("change", [None, *HOOKED, replaced, dropping, scaled, undecorated])
 def test_layers_are_applied_together_where_they_are_alike(change):
     layers = [QLoRALayer(torch.randn(n, 64), rank=4, alpha=8) for n in (16, 24)]
     for layer in layers:
         nn.init.normal_(layer.lora_B)
     if change:
         change(layers)
-    x = torch.randn(5, 64)
+    x = torch.randn(5, 64, requires_grad=True)
     with Calls() as calls:
         torch.manual_seed(1)
         found = apply_together(layers, x)
@@ -223,7 +241,7 @@ def test_layers_applied_together_check_x():
         apply_together([QLoRALayer(torch.randn(16, 64), rank=4, alpha=8)], torch.randn(5, 63))
 
 
-@pytest.mark.parametrize("change", [None, hooked, replaced, dropping, undecorated])
+@pytest.mark.parametrize("change", [None, *HOOKED, replaced, dropping, undecorated])
 def test_layer_after_swiglu_is_one_call_where_it_is_a_plain_adapter(change):
     layers = [QLoRALayer(torch.randn(16, 64), rank=4, alpha=8)] * 2
     nn.init.normal_(layers[1].lora_B)
@@ -240,6 +258,24 @@ def test_layer_after_swiglu_is_one_call_where_it_is_a_plain_adapter(change):
     dy = torch.randn_like(found)
     gradients = [torch.autograd.grad(y, [gate, up], dy) for y in (found, expected)]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@DTYPES
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_every_way_to_apply_a_layer_rounds_its_input_to_int8_where_that_is_asked_for(dtype, dropout):
+    layer = trained(QLoRALayer(torch.randn(16, 128), rank=4, alpha=8, dropout=dropout))
+    gate, up = torch.randn(2, 40, 128, dtype=dtype)  # few rows are not rounded
+    x = swiglu(gate, up)
+
+    def results():
+        torch.manual_seed(1)
+        return [layer.base(x), layer(x), *apply_together([layer], x), apply_to_swiglu(layer, gate, up)]
+
+    exact = results()
+    layer.base.int8 = True
+    rounded = results()
+    for have, want in zip(rounded, exact, strict=True):
+        assert 1e-3 < (have - want).norm() / want.norm() < 2e-2
 
 
 def test_layer_after_swiglu_checks_its_input():
