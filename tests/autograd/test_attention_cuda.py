@@ -21,20 +21,21 @@ def seen(queries, keys, causal, top_left):
     return torch.ones(queries, keys, dtype=torch.bool).tril(0 if top_left else keys - queries)
 
 
-def probabilities(q, k, scale, mask, lse=None):
+def probabilities(q, k, scale, mask, bias, lse=None):
     """P [B, H, T, S] and its logarithms, of q [B, T, H, C] and k [B, S, H, C]."""
     scores = (scale * torch.einsum("bthc,bshc->bhts", q.double(), k.double())).masked_fill(~mask, -math.inf)
+    scores = scores if bias is None else scores + bias.double()
     lse = scores.logsumexp(-1) if lse is None else lse.double()
     return (scores - lse.unsqueeze(-1)).exp(), lse
 
 
-def forward_of(q, k, v, scale, mask):
-    p, lse = probabilities(q, k, scale, mask)
+def forward_of(q, k, v, scale, mask, bias=None):
+    p, lse = probabilities(q, k, scale, mask, bias)
     return torch.einsum("bhts,bshc->bthc", p, v.double()).to(q.dtype), lse.float()
 
 
-def backward_of(d_o, q, k, v, o, lse, scale, mask):
-    p, _ = probabilities(q, k, scale, mask, lse)
+def backward_of(d_o, q, k, v, o, lse, scale, mask, bias=None):
+    p, _ = probabilities(q, k, scale, mask, bias, lse)
     dy = d_o.double()
     dp = torch.einsum("bthc,bshc->bhts", dy, v.double())
     delta = (dy * o.double()).sum(-1).transpose(1, 2)
@@ -115,17 +116,24 @@ def flash_backward(d_o, q, k, v, o, lse, starts_q, starts_k, max_q, max_k, dropo
     return tuple(torch.cat([d[0] for d in gradients]) for gradients in zip(*parts, strict=True))
 
 
-def check_efficient(q, k, v, *others, scale):
+def check_efficient(q, k, v, bias, *others, scale):
     assert scale > 0
-    assert all(x.dtype is torch.float32 for x in (q, k, v, *others))
+    assert all(x.dtype is q.dtype for x in (k, v, *others))
+    if bias is None:
+        assert q.dtype is torch.float32  # else flash attention is faster
+    else:
+        assert bias.dtype is q.dtype
+        assert bias.shape == (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        assert bias.stride(-1) == 1
+        assert all(stride % 16 == 0 for stride in bias.stride()[:-1])
     assert q.shape[2] == k.shape[2] == v.shape[2]
     check_memory(q, k, v, *others)
 
 
 def efficient_forward(q, k, v, bias, starts_q, starts_k, max_q, max_k, dropout_p, mask, with_lse, *, scale):
-    check_efficient(q, k, v, scale=scale)
-    assert (bias, starts_q, starts_k, max_q, max_k, dropout_p, with_lse) == (None, None, None, None, None, 0.0, True)
-    o, lse = forward_of(q, k, v, scale, seen(q.shape[1], k.shape[1], mask == 1, top_left=True))
+    check_efficient(q, k, v, bias, scale=scale)
+    assert (starts_q, starts_k, max_q, max_k, dropout_p, with_lse) == (None, None, None, None, 0.0, True)
+    o, lse = forward_of(q, k, v, scale, seen(q.shape[1], k.shape[1], mask == 1, top_left=True), bias)
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
     return o, padded, torch.tensor(0), torch.tensor(0), q.shape[1], k.shape[1]
 
@@ -133,14 +141,15 @@ def efficient_forward(q, k, v, bias, starts_q, starts_k, max_q, max_k, dropout_p
 def efficient_backward(
     d_o, q, k, v, bias, o, starts_q, starts_k, max_q, max_k, lse, dropout_p, seed, offset, mask, bias_grad, *, scale
 ):
-    check_efficient(q, k, v, d_o, o, scale=scale)
+    check_efficient(q, k, v, bias, d_o, o, scale=scale)
     assert o.is_contiguous()
-    assert (bias, starts_q, starts_k, max_q, max_k) == (None, None, None, q.shape[1], k.shape[1])
+    assert (starts_q, starts_k, max_q, max_k) == (None, None, q.shape[1], k.shape[1])
     assert (dropout_p, bias_grad) == (0.0, False)
     rows = q.shape[1]
     assert lse.shape == (q.shape[0], q.shape[2], math.ceil(rows / 32) * 32)
     assert lse[..., rows:].isposinf().all()
-    result = backward_of(d_o, q, k, v, o, lse[..., :rows], scale, seen(rows, k.shape[1], mask == 1, top_left=True))
+    visible = seen(rows, k.shape[1], mask == 1, top_left=True)
+    result = backward_of(d_o, q, k, v, o, lse[..., :rows], scale, visible, bias)
     return *result, torch.empty(0)
 
 
@@ -236,6 +245,42 @@ def test_packed_sequences(at, causal, dtype):
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_kernels_get_a_scale_above_0(scale, offsets, causal, dtype):
     check_against_the_cpu(projections(1, 4, 2, 41, 41, 24, 17), offsets, causal, dtype, scale)
+
+
+def boolean(shape):
+    mask = torch.rand(shape) < 0.5
+    mask[..., 3, :] = False  # a query that sees nothing
+    return mask
+
+
+MASKS = {
+    "boolean": lambda: boolean((2, 1, 35, 50)),
+    "of heads": lambda: boolean((1, 4, 35, 50)),
+    "of keys": lambda: torch.rand(2, 1, 1, 50) < 0.5,
+    "additive": lambda: torch.randn(2, 1, 35, 50).masked_fill(~boolean((2, 1, 35, 50)), -math.inf),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks(kind, scale, dtype):
+    args = [x.to(dtype) for x in projections(2, 4, 2, 35, 50, 24, 17)]
+    mask = MASKS[kind]()
+    mask = mask if mask.dtype is torch.bool else mask.to(dtype)
+    wide, wide_mask = [x.float() for x in args], mask if mask.dtype is torch.bool else mask.float()
+    o, lse = cuda.masked_attention(*args, mask, scale)
+    expected, expected_lse = torch.ops.entrenar.masked_attention(*wide, wide_mask, scale)
+    torch.testing.assert_close(o.float(), expected, atol=1e-5, rtol=2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(lse[expected_lse.isfinite()], expected_lse[expected_lse.isfinite()])
+    d_o = torch.randn_like(expected).to(dtype)
+    gradients = cuda.masked_attention_backward(d_o, *args, o, lse, mask, scale)
+    arguments = d_o.float(), *wide, o.float(), expected_lse, wide_mask, scale
+    for actual, want in zip(gradients, torch.ops.entrenar.masked_attention_backward(*arguments), strict=True):
+        assert actual.dtype is dtype
+        # Heads that share keys are summed after they were rounded.
+        atol = max(4 * torch.finfo(dtype).eps * want.abs().max().item(), 1e-4)
+        torch.testing.assert_close(actual.float(), want, atol=atol, rtol=0)
 
 
 def test_aligned_projections_are_not_copied():

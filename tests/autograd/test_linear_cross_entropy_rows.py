@@ -77,6 +77,37 @@ def test_sizes(sizes, dtype):
     check(*problem(*sizes, dtype))
 
 
+@KINDS
+def test_any_index_can_be_ignored(dtype):
+    x, weight, _ = problem(40, 33, 50, dtype)
+    target = torch.randint(0, 3, (40,))
+    losses, dx = linear_cross_entropy_rows(x, weight, target, 2, True)
+    expected, gradient = linear_cross_entropy_rows_reference(x, weight, target, 2)
+    assert not losses[target == 2].any()
+    assert losses[target != 2].all()
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dx, gradient, rtol=0, atol=1e-5 if dtype is torch.float32 else 2**-7)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "classes", "dtype", "device", "worthwhile"),
+    [
+        (128, 1024, 1, torch.bfloat16, "cpu", True),
+        (128, 512, 1, torch.float32, "cpu", True),
+        (127, 1024, 1, torch.bfloat16, "cpu", False),
+        (128, 1025, 1, torch.bfloat16, "cpu", False),
+        (128, 513, 1, torch.float32, "cpu", False),
+        (128, 1024, 0, torch.bfloat16, "cpu", False),
+        (128, 256, 1, torch.float16, "cpu", False),
+        (128, 256, 1, torch.float64, "cpu", False),
+        (128, 256, 1, torch.float32, "meta", False),
+    ],
+)
+def test_the_kernel_is_for_many_short_rows_on_the_cpu(rows, columns, classes, dtype, device, worthwhile):
+    x, weight = (torch.empty(n, columns, dtype=dtype, device=device) for n in (rows, classes))
+    assert module.has_kernel(x, weight) == worthwhile
+
+
 @given(st.tuples(st.integers(1, 140), st.integers(1, 150), st.integers(1, 800)), st.sampled_from([0.1, 3.0, 40.0]))
 @settings(max_examples=60, deadline=None)
 def test_any_size(sizes, size):

@@ -94,7 +94,11 @@ def test_masks_of_any_strides(dtype):
     check(args, (whole[:70, 0, 0, 0]).expand(2, 4, 66, 70))
 
 
+TORCHS = pytest.mark.cpu("on CUDA the kernels are torch's, with limits and words of their own")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@TORCHS
 def test_a_key_is_seen_however_low_its_bias(dtype, backend):
     """Queries for which all are as low as the dtype goes see all alike, which is how transformers fills some masks."""
     args = [x.requires_grad_() for x in kernel_arguments(1, 1, 1, 70, 130, 8, 8, dtype)]
@@ -110,6 +114,7 @@ def test_a_key_is_seen_however_low_its_bias(dtype, backend):
 
 
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
+@TORCHS
 def test_scores_of_minus_infinity_are_not_taken_for_keys_that_are_unseen(kind, backend):
     """A query that sees nothing gets zeros, and one whose scores are all -infinity NaN, as a softmax of such is."""
     query, key, value = kernel_arguments(1, 1, 1, 3, 70, 1, 4, torch.float32)
@@ -163,7 +168,7 @@ def test_opcheck_of_the_gradient(kind):
         (torch.ones(1, 1, 6, 6).int(), "mask must be float32 or bfloat16"),
     ],
 )
-@pytest.mark.cpu("on CUDA the kernels are torch's, with limits and words of their own")
+@TORCHS
 def test_the_kernel_refuses_what_it_cannot_read(mask, message):
     q, k, v = kernel_arguments(1, 4, 2, 6, 6, 8, 8, torch.float32)
     with pytest.raises(RuntimeError, match=message):

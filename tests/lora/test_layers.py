@@ -262,6 +262,7 @@ def test_layer_after_swiglu_is_one_call_where_it_is_a_plain_adapter(change):
 
 @DTYPES
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.cpu("int8 activations are the CPU's")
 def test_every_way_to_apply_a_layer_rounds_its_input_to_int8_where_that_is_asked_for(dtype, dropout):
     layer = trained(QLoRALayer(torch.randn(16, 128), rank=4, alpha=8, dropout=dropout))
     gate, up = torch.randn(2, 40, 128, dtype=dtype)  # few rows are not rounded
