@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from entrenar.autograd.ops import attention
 
+TORCHS = pytest.mark.cpu("on CUDA the kernels are torch's, with limits and words of their own")
+
 
 def check(args, mask, scale=0.2):
     seen, bias = seen_and_bias(*args[:2], mask)
@@ -92,9 +94,6 @@ def test_masks_of_any_strides(dtype):
     check(args, whole[1::2].permute(3, 1, 2, 0))  # the keys are apart
     check(args, whole.permute(3, 1, 2, 0).contiguous()[..., 5:75])
     check(args, (whole[:70, 0, 0, 0]).expand(2, 4, 66, 70))
-
-
-TORCHS = pytest.mark.cpu("on CUDA the kernels are torch's, with limits and words of their own")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
