@@ -139,8 +139,8 @@ def test_packed_sequences_that_need_a_mask_are_refused(family, settings, reason)
 def test_a_packed_sequence_may_be_as_long_as_the_window(window):
     fused, _, _ = twins("mistral", sliding_window=window)
     offsets = torch.tensor([0, 6, 9], device="cpu")
-    attention = fused.model.layers[0].self_attn
-    assert [attention.packs(length) for length in (window, window + 1)] == [True, False]
+    layer = fused.model.layers[0].self_attn
+    assert [layer.packs(length) for length in (window, window + 1)] == [True, False]
     if window < 6:
         with pytest.raises(ValueError, match="no window that is shorter"):
             fused(ids()[:1, :9], cu_seq_lens_q=offsets, use_cache=False)
