@@ -36,13 +36,14 @@ class Mask {
     STD_TORCH_CHECK(dtype_of(mask, "mask") == dtype, "mask must be boolean or have the dtype of q");
     rows_ = rows;
     bias_ = static_cast<const char*>(rows.const_data_ptr());
-    element_bytes_ = dtype == kFloat32 ? 4 : 2;
+    dtype_ = dtype;
     for (int d = 0; d < 3; d++) strides_[d] = rows.size(d) == 1 ? 0 : rows.stride(d);
   }
 
   AttentionMask from(int64_t batch, int64_t head, int64_t query) const {
     const int64_t at = batch * strides_[0] + head * strides_[1] + query * strides_[2];
-    return {seen_ ? seen_ + at : nullptr, bias_ ? bias_ + at * element_bytes_ : nullptr, strides_[2]};
+    const int64_t bytes = dtype_ == kFloat32 ? 4 : 2;
+    return {seen_ ? seen_ + at : nullptr, bias_ ? bias_ + at * bytes : nullptr, dtype_, strides_[2]};
   }
 
  private:
@@ -87,7 +88,8 @@ class Mask {
   std::optional<Tensor> rows_;  // of the bias
   const uint64_t* seen_ = nullptr;
   const char* bias_ = nullptr;
-  int64_t strides_[3] = {}, element_bytes_ = 0;
+  Dtype dtype_ = kFloat32;  // of the bias
+  int64_t strides_[3] = {};
 };
 
 }  // namespace

@@ -19,7 +19,7 @@ struct BackwardScratch {
 
 // dS = P (dP - delta) without the factor `scale`: for the sums over keys, and with P for those over queries.
 template <bool kPairs, int kVectors, Seen how>
-void differentiate_softmax(const Meeting& at, Dtype dtype, float scale, BackwardScratch& s) {
+void differentiate_softmax(const Meeting& at, float scale, BackwardScratch& s) {
   constexpr int kRows = kUnit<kPairs>, kAtOnce = kUnit<kPairs>;
   for (int64_t query = 0; query < at.queries; query += kRows) {
     uint32_t* p_units = s.probability_units + (at.first + query) / kRows * kBlock;
@@ -30,7 +30,7 @@ void differentiate_softmax(const Meeting& at, Dtype dtype, float scale, Backward
 #pragma GCC unroll 4
       for (int i = 0; i < kRows * kAtOnce; i++) {
         const int row = query + i / kAtOnce, vector = v + i % kAtOnce;
-        p[i] = relative_score<kPairs, how>(at, dtype, row, vector, s.scores + row * kBlock + vector * kLanes, scale,
+        p[i] = relative_score<kPairs, how>(at, row, vector, s.scores + row * kBlock + vector * kLanes, scale,
                                            s.lse[at.first + row]);
       }
       Probability<kPairs>::of(p);
@@ -125,7 +125,7 @@ void backward_block(const AttentionKind& kind, const AttentionBlock& block, cons
       dot_products<kPairs>(at, s.d_outputs + first * layout.value_units, tile + layout.value, layout.value_units,
                            s.d_probabilities);
       if (!begun) prefetch_strip(kind.dtype, ahead.d_o, first, ahead.queries, kind.value_columns);
-      for_keys(at, [&](auto keys) { differentiate_softmax<kPairs, keys.kVectors, keys.kSeen>(at, kind.dtype, scale, s); });
+      for_keys(at, [&](auto keys) { differentiate_softmax<kPairs, keys.kVectors, keys.kSeen>(at, scale, s); });
       sum_over_keys<kPairs>(at, s.d_scores, kBlockUnits<kPairs>, tile + layout.panels, kind.columns,
                             s.d_queries + first * kMaxColumns, !begun);
       if (!begun) prefetch_strip(kind.dtype, ahead.o, first, ahead.queries, kind.value_columns);

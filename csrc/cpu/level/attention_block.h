@@ -36,8 +36,9 @@ struct AttentionAhead {
 // Which keys each of some queries sees, or what is added to its scores.
 struct AttentionMask {
   const uint64_t* seen;  // by bits: key k is the (k % 64)-th of word k / 64; or null
-  const void* bias;      // of the tensors' dtype, or null
-  int64_t stride;        // words or elements from one query to the next
+  const void* bias;      // of `dtype`, or null
+  Dtype dtype;
+  int64_t stride;  // words or elements from one query to the next
 
   bool given() const { return seen || bias; }
 };

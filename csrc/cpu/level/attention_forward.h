@@ -15,11 +15,11 @@ struct ForwardScratch {
 };
 
 // Whether a mask lets a query of the block see some key.
-inline bool sees_some(const AttentionKind& kind, const AttentionBlock& block, int64_t query) {
+inline bool sees_some(const AttentionBlock& block, int64_t query) {
   const AttentionMask& mask = block.mask;
   for (int64_t key = 0; key < block.keys; key++) {
     if (mask.seen ? mask.seen[query * mask.stride + key / kBlock] >> key % kBlock & 1
-                  : load_value(kind.dtype, mask.bias, query * mask.stride + key) != -__builtin_inff()) {
+                  : load_value(mask.dtype, mask.bias, query * mask.stride + key) != -__builtin_inff()) {
       return true;
     }
   }
@@ -43,7 +43,7 @@ void forward_strip(const AttentionKind& kind, const AttentionBlock& block, int64
     dot_products<kPairs>(at, s.queries, tile, layout.units, s.scores);
     if (!begun) prefetch_strip(kind.dtype, block.ahead.q, first, block.ahead.queries, kind.columns);
     for_keys(at, [&](auto keys) {
-      OnlineSoftmax<kPairs, keys.kVectors, keys.kSeen>{at, kind.dtype, scale, !begun, strip}.run();
+      OnlineSoftmax<kPairs, keys.kVectors, keys.kSeen>{at, scale, !begun, strip}.run();
     });
     sum_over_keys<kPairs>(at, s.probabilities, kBlockUnits<kPairs>, tile + layout.panels, kind.value_columns, s.outputs,
                           !begun);
@@ -52,7 +52,7 @@ void forward_strip(const AttentionKind& kind, const AttentionBlock& block, int64
   for (int64_t query = 0; query < queries; query++) {
     const float total = begun ? sum(s.rows[query].total) : 0;
     void* const o = element(kind.dtype, output.o, first + query, 0);
-    if (total == 0 && block.mask.given() && !sees_some(kind, block, first + query)) {
+    if (total == 0 && block.mask.given() && !sees_some(block, first + query)) {
       __builtin_memset(o, 0, kind.value_columns * (kind.dtype == kFloat32 ? 4 : 2));
       output.lse[first + query] = -__builtin_inff();
       continue;

@@ -39,13 +39,14 @@ struct Meeting {
 // What is added to a query's scores for a vector of keys, in nats. A key with a finite bias is seen, however low that is, so
 // it must not overflow in another unit. In a query's logarithm such a bias leaves no room for how many keys share it: where
 // a query has no others, its gradients count each as the only one.
-inline vfloat bias_of(const Meeting& at, Dtype dtype, int64_t query, int64_t vector) {
+inline vfloat bias_of(const Meeting& at, int64_t query, int64_t vector) {
   const vfloat lowest = broadcast(-0x1p100f), none = broadcast(-__builtin_inff());
   const int64_t key = vector * kLanes, count = at.keys - key;
   if (count <= 0) return none;
-  const void* from = element(dtype, {at.mask.bias, 0}, 0, at.mask_row(query) + key);
-  const vfloat bias = dtype == kFloat32 ? load_some<kFloat32>((const float*)from, count)
-                                        : load_some<kBFloat16>((const uint16_t*)from, count);
+  const AttentionMask& mask = at.mask;
+  const void* from = element(mask.dtype, {mask.bias, 0}, 0, at.mask_row(query) + key);
+  const vfloat bias = mask.dtype == kFloat32 ? load_some<kFloat32>((const float*)from, count)
+                                             : load_some<kBFloat16>((const uint16_t*)from, count);
   return bias < lowest && bias > none ? lowest : bias;
 }
 
@@ -58,19 +59,20 @@ inline Meeting meeting(const AttentionKind& kind, const AttentionBlock& block, i
   const bool diagonal = kind.causal && key == block.first;
   const int64_t keys = least(kBlock, block.keys - key);
   Meeting at = {first, queries, diagonal ? least(keys, first + queries) : keys, diagonal};
+  at.mask = block.mask;
   at.last = block.queries - 1;
-  if (block.mask.seen) {
-    at.mask = {block.mask.seen + key / kBlock, nullptr, block.mask.stride};
+  if (at.mask.seen) {
+    at.mask.seen += key / kBlock;
     uint64_t some = 0, all = -1;
     for (int64_t query = 0; query < queries; query++) some |= at.bits(query), all &= at.bits(query);
     at.keys = some ? kBlock - __builtin_clzll(some) : 0;
     at.how = ~all ? Seen::kBits : Seen::kAll;
-  } else if (block.mask.bias) {
-    at.mask = {nullptr, element(kind.dtype, {block.mask.bias, 0}, 0, key), block.mask.stride};
+  } else if (at.mask.bias) {
+    at.mask.bias = element(at.mask.dtype, {at.mask.bias, 0}, 0, key);
     at.how = Seen::kBiased;
     vint some = {};
     for (int64_t query = 0; query < queries; query++) {
-      for (int v = 0; v < kBlockVectors; v++) some |= bias_of(at, kind.dtype, query, v) != -__builtin_inff();
+      for (int v = 0; v < kBlockVectors; v++) some |= bias_of(at, query, v) != -__builtin_inff();
     }
     if (largest((vuint)some) == 0) at.keys = 0;
   }
@@ -122,13 +124,13 @@ void for_keys(const Meeting& at, F f) {
 
 // A vector of a query's scores relative to its reference; -infinity for keys that it does not see.
 template <bool kPairs, Seen how>
-inline vfloat relative_score(const Meeting& at, Dtype dtype, int64_t query, int64_t vector, const float* scores,
-                             float scale, float reference) {
+inline vfloat relative_score(const Meeting& at, int64_t query, int64_t vector, const float* scores, float scale,
+                             float reference) {
   vfloat score = scale * load<vfloat>(scores) - reference;
   if constexpr (how == Seen::kAll) return score;
   const vfloat unseen = broadcast(-__builtin_inff());
   if constexpr (how == Seen::kBits) return choose(at.bits(query) >> vector * kLanes, score, unseen);
-  if constexpr (how == Seen::kBiased) score += bias_of(at, dtype, query, vector) * Probability<kPairs>::kPerNat;
+  if constexpr (how == Seen::kBiased) score += bias_of(at, query, vector) * Probability<kPairs>::kPerNat;
   return lane_numbers() < (int)(at.seen(query) - vector * kLanes) ? score : unseen;
 }
 

@@ -111,9 +111,9 @@ class Head {
     const SoftmaxStrip strip = {rows_ + row, scores_,      probabilities_,
                                 kClassUnits, sums_of(row), p_.dx ? p_.columns : 0};
     if (at.keys == kClasses) {
-      OnlineSoftmax<kPairs, kVectors, Seen::kAll>{at, p_.dtype, P::kPerNat, first, strip}.run();
+      OnlineSoftmax<kPairs, kVectors, Seen::kAll>{at, P::kPerNat, first, strip}.run();
     } else {
-      OnlineSoftmax<kPairs, kVectors, Seen::kFirst>{at, p_.dtype, P::kPerNat, first, strip}.run();
+      OnlineSoftmax<kPairs, kVectors, Seen::kFirst>{at, P::kPerNat, first, strip}.run();
     }
   }
 

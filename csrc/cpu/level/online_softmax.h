@@ -30,7 +30,6 @@ struct OnlineSoftmax {
   static constexpr int kAtOnce = kVectors < 4 ? kVectors : 4;
 
   const Meeting& at;
-  const Dtype dtype;  // of a bias
   const float scale;
   const bool first;
   const SoftmaxStrip& strip;
@@ -38,7 +37,7 @@ struct OnlineSoftmax {
   vfloat score(int64_t row, int v, float reference) const {
     const int64_t panel = v / kBlockVectors, vector = v % kBlockVectors;
     const float* scores = strip.scores + (panel * kStrip + row) * kBlock + vector * kLanes;
-    return relative_score<kPairs, how>(at, dtype, row, v, scores, scale, reference);
+    return relative_score<kPairs, how>(at, row, v, scores, scale, reference);
   }
 
   // Makes the highest score of this tile the reference.
