@@ -54,7 +54,8 @@ class Adam(KernelOptimizer):
     is given stands in place of the short one. A learning rate may be a tensor of one element. The state of a parameter
     is `step`, `exp_avg` and `exp_avg_sq`, in the parameter's dtype, so that state_dicts go both ways between this class
     and torch's. All parameters of a group take their step in one call of a kernel, where there is one: for float32,
-    bfloat16 and float16 on the CPU and on CUDA.
+    bfloat16 and float16 on the CPU and on CUDA. Those that begin together have views of one tensor as their states,
+    which may be replaced, and must be cloned to be saved apart.
 
     Args:
         maximize: step along the gradient instead of against it.

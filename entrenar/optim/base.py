@@ -8,6 +8,7 @@ import warnings
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from operator import attrgetter, is_
 from typing import Any, ClassVar, overload
 
 import torch
@@ -16,7 +17,8 @@ from torch.optim import Optimizer
 
 from entrenar.autograd.ops._kernel import DEVICES, DTYPES, PLAIN
 from entrenar.autograd.ops._library import define
-from entrenar.optim.clip import why_not_finite
+from entrenar.optim.bucket import Bucket, State, lay_together
+from entrenar.optim.clip import global_norm, why_not_finite
 from entrenar.optim.codes import BLOCK, ZERO_CODE, codebook, dequantize_blockwise, quantize_blockwise
 from entrenar.optim.exchange import from_bitsandbytes
 
@@ -27,16 +29,15 @@ LISTS = (
     "Tensor[] codebooks, Tensor? factor, int? seed"
 )
 
-define("grad_norm(Tensor[] grads, float max_norm) -> Tensor", lambda grads, max_norm: grads[0].new_empty(2))
-
 
 def define_step(name: str, settings: str) -> None:
     """Define the op of a rule: one step of many tensors, computed in float32 and rounded once.
 
-    All tensors are contiguous. `states` holds the first state of every parameter, then the second of every one:
-    in the dtype of the parameters, in float32, or as uint8 codes with their `absmaxes`, in the same order, and a
-    codebook for each state. `steps` (float32 scalars) count up. `factor` scales the gradients; if it is not finite,
-    nothing changes. With a `seed` bfloat16 parameters are rounded stochastically.
+    All tensors are contiguous. A tensor of `steps` (float32, which count up) has one for each of some parameters that
+    follow each other. `states` holds as many tensors of the first state, then as many of the second: in the dtype of
+    the parameters, in float32, or as uint8 codes, with `absmaxes` in the same order and a codebook for each state. In
+    a tensor of states each parameter begins with a block of 256 elements of its own. `factor` scales the gradients; if
+    it is not finite, nothing changes. With a `seed` bfloat16 parameters are rounded stochastically.
     """
 
     def fake(*arguments: Any) -> None:
@@ -84,10 +85,15 @@ class KernelOptimizer(Optimizer):
             defaults["min_8bit_size"] = min_8bit_size
         self.max_norm = max_norm
         self._skipped: dict[torch.device, Tensor] = {}
+        self._buckets: dict[int, tuple[list[Tensor], list[Bucket]]] = {}  # by group: its parameters, and all in buckets
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_norm": self.max_norm, "_skipped": self._skipped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buckets = {}
 
     @property
     def skipped_steps(self) -> int:
@@ -150,51 +156,69 @@ class KernelOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         gradients = [[param.grad for param in group["params"]] for group in self.param_groups]
-        self._refuse_sparse(gradients)
-        factors = self._factors([grad for grads in gradients for grad in grads if grad is not None])
-        for group, grads in zip(self.param_groups, gradients, strict=True):
-            self._step_group(group, grads, factors)
+        present = [grad for grads in gradients for grad in grads if grad is not None]
+        if not {torch.strided}.issuperset(map(attrgetter("layout"), present)):
+            self._refuse_sparse(gradients)
+        factor = self._factor(present)
+        for g, (group, grads) in enumerate(zip(self.param_groups, gradients, strict=True)):
+            for bucket in self._buckets_of(g, grads):
+                self._step_bucket(group, bucket, [grads[i] for i in bucket.positions], factor)
         return loss
 
-    def _step_group(
-        self, group: dict[str, Any], grads: list[Tensor | None], factors: dict[torch.device, Tensor]
+    def _buckets_of(self, g: int, grads: list[Tensor | None]) -> list[Bucket]:
+        """The buckets of group `g`, in which all its parameters are that have or ever had a gradient."""
+        group = self.param_groups[g]
+        params = group["params"]
+        members, buckets = self._buckets.get(g, ([], []))
+        same = len(members) == len(params) and all(map(is_, members, params))
+        buckets = [bucket for bucket in buckets if same and bucket.is_current(self.state)]
+        if sum(len(bucket.params) for bucket in buckets) < len(params):
+            taken = {i for bucket in buckets for i in bucket.positions}
+            together: dict[Any, list[int]] = defaultdict(list)
+            for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+                if grad is not None and i not in taken:
+                    alone = None if has_step_kernel(param) else i
+                    together[alone, param.device, param.dtype, self._state_dtype(group, param)].append(i)
+            for (*_, dtype), positions in together.items():
+                some = [params[i] for i in positions]
+                states = (self._state_of(group, param) for param in some)
+                buckets.append(lay_together(positions, some, states, ["step", *self._state_names(group, dtype)]))
+            self._buckets[g] = [*params], buckets
+        return buckets
+
+    def _step_bucket(
+        self, group: dict[str, Any], bucket: Bucket, grads: list[Tensor | None], factor: Tensor | None
     ) -> None:
+        there = [grad is not None for grad in grads]
+        if not any(there):
+            return
+        if not all(there):
+            bucket = bucket.only(there)
+        gradients = [grad for grad in grads if grad is not None]
+        param = bucket.params[0]
+        factor = None if factor is None else factor.to(param.device)
+        if not has_step_kernel(param) or not PLAIN.issuperset(map(type, gradients)):
+            if factor is None or bool(factor.isfinite()):
+                for param, grad, state in zip(bucket.params, gradients, bucket.states, strict=True):
+                    self._step_in_torch(group, param, grad if factor is None else grad * factor, state)
+            return
         signs = self._signs(group)
-        names = [*signs]
-        together: dict[Any, list[tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(list)
-        for param, grad in zip(group["params"], grads, strict=True):
-            if grad is None:
-                continue
-            state = self.state[param]
-            if not state:
-                self._start(group, param, state)
-            dtype = state[names[0]].dtype if names else None
-            together[param.device, param.dtype, dtype, type(param), type(grad)].append((param, grad, state))
-        seed = group["seed"] if group["stochastic_rounding"] else None
-        for (device, dtype, state_dtype, *types), rows in together.items():
-            factor = factors.get(device)
-            if dtype not in DTYPES or not PLAIN.issuperset(types) or device.type not in DEVICES:
-                if factor is None or bool(factor.isfinite()):
-                    for param, grad, state in rows:
-                        self._step_in_torch(group, param, grad if factor is None else grad * factor, state)
-                continue
-            codes = self.BITS == 8 and state_dtype is torch.uint8
-            params, gradients, states = zip(*rows, strict=True)
-            contiguous = [param.contiguous() for param in params]
-            lists = (
-                contiguous,
-                [grad.contiguous() for grad in gradients],
-                [state[name] for name in names for state in states],
-                [state[name + "_absmax"] for name in names for state in states] if codes else [],
-                [state["step"] for state in states],
-                [codebook(signed, device) for signed in signs.values()] if codes else [],
-                factor,
-                seed,
-            )
-            self._step_op(group, lists)
-            for param, copy in zip(params, contiguous, strict=True):
-                if copy is not param:
-                    param.copy_(copy)
+        codes = self._state_dtype(group, param) is torch.uint8
+        contiguous = [param.contiguous() for param in bucket.params]
+        lists = (
+            contiguous,
+            [grad.contiguous() for grad in gradients],
+            [tensor for name in signs for tensor in bucket.tensors(name)],
+            [tensor for name in signs for tensor in bucket.tensors(name + "_absmax")] if codes else [],
+            bucket.tensors("step"),
+            [codebook(signed, param.device) for signed in signs.values()] if codes else [],
+            factor,
+            group["seed"] if group["stochastic_rounding"] else None,
+        )
+        self._step_op(group, lists)
+        for param, copy in zip(bucket.params, contiguous, strict=True):
+            if copy is not param:
+                param.copy_(copy)
 
     def _step_in_torch(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
         if group["stochastic_rounding"] and param.dtype is torch.bfloat16:
@@ -220,28 +244,42 @@ class KernelOptimizer(Optimizer):
                 state[name].copy_(codes)
                 state[name + "_absmax"].copy_(absmax)
 
-    def _start(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        codes = self.BITS == 8 and param.numel() >= group["min_8bit_size"]
-        wide = group["stochastic_rounding"] and param.dtype is torch.bfloat16
-        for name, signed in self._signs(group).items():
-            if codes:
-                state[name] = torch.full(
-                    param.shape, ZERO_CODE if signed else 0, dtype=torch.uint8, device=param.device
-                )
-                blocks = -(-param.numel() // BLOCK)
-                state[name + "_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
-            else:
-                dtype = torch.float32 if wide or (self.BITS == 8 and param.dtype in DTYPES) else param.dtype
-                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
+    def _state_dtype(self, group: dict[str, Any], param: Tensor) -> torch.dtype:
+        """That of the states which a parameter has, or will have."""
+        for name in self._signs(group):
+            if name in self.state.get(param, ()):
+                return self.state[param][name].dtype
+        if self.BITS == 8 and param.numel() >= group["min_8bit_size"]:
+            return torch.uint8
+        wide = self.BITS == 8 or (group["stochastic_rounding"] and param.dtype is torch.bfloat16)
+        return torch.float32 if wide and param.dtype in DTYPES else param.dtype
 
-    def _factors(self, grads: list[Tensor]) -> dict[torch.device, Tensor]:
-        """By device, what the gradients are multiplied by; NaN where the step must be left out."""
+    def _state_names(self, group: dict[str, Any], dtype: torch.dtype) -> list[str]:
+        """The names of states of that dtype, but for the step's."""
+        names = [*self._signs(group)]
+        return names if dtype is not torch.uint8 else [each for name in names for each in (name, name + "_absmax")]
+
+    def _state_of(self, group: dict[str, Any], param: Tensor) -> State:
+        """The state of a parameter, which begins here if it has not yet."""
+        state = self.state[param]
+        if not state:
+            dtype = self._state_dtype(group, param)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            for name, signed in self._signs(group).items():
+                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
+                if dtype is torch.uint8:
+                    state[name].fill_(ZERO_CODE if signed else 0)
+                    blocks = -(-param.numel() // BLOCK)
+                    state[name + "_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
+        return state
+
+    def _factor(self, grads: list[Tensor]) -> Tensor | None:
+        """What the gradients are multiplied by, where they are; NaN where the step must be left out."""
         measured = self.max_norm is not None or self.BITS == 8
         scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if not grads or (not measured and scale is None and found_inf is None):
-            return {}
+            return None
         if measured:
             limit = math.inf if self.max_norm is None else self.max_norm
             self.grad_norm, factor = global_norm(grads, limit, scale)
@@ -251,7 +289,6 @@ class KernelOptimizer(Optimizer):
                 factor = factor / scale.to(factor.device)
         if found_inf is not None:
             factor = torch.where(found_inf.to(factor.device) == 0, factor, torch.nan)
-        factors = {device: factor.to(device) for device in {grad.device for grad in grads}}
         skip = factor.isnan()
         if found_inf is None and factor.is_cpu and skip:
             named = (
@@ -266,7 +303,7 @@ class KernelOptimizer(Optimizer):
         if factor.device not in counts:
             counts[factor.device] = torch.zeros_like(skip, dtype=torch.int64)
         counts[factor.device].add_(skip)
-        return factors
+        return factor
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of an optimizer of the same rule: ours of 32 or 8 bits, torch's, or that of bitsandbytes.
@@ -291,8 +328,7 @@ class KernelOptimizer(Optimizer):
                 self.state[param] = self._load_state(group, param, saved[index])
 
     def _load_state(self, group: dict[str, Any], param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-        state: dict[str, Any] = {}
-        self._start(group, param, state)
+        state = self._state_of(group, param)
         state["step"].fill_(saved.get("step", 1))  # torch's SGD does not count, and needs only to know that it began
         for name, signed in self._signs(group).items():
             value = saved.get(name)
@@ -327,23 +363,9 @@ class KernelOptimizer(Optimizer):
                     )
 
 
-def global_norm(grads: list[Tensor], max_norm: float, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The 2-norm of all gradients as one vector, and the factor that makes it `max_norm` at most; NaN if not finite.
-
-    Where the gradients are multiplied by a `scale`, the norm is that of what they were, and the factor undoes it too.
-    """
-    kinds = {(grad.device, grad.dtype, type(grad)) for grad in grads}
-    plain = all(device.type in DEVICES and dtype in DTYPES and cls in PLAIN for device, dtype, cls in kinds)
-    if plain and len({device for device, _, _ in kinds}) == 1:
-        norm, factor = torch.ops.entrenar.grad_norm([grad.contiguous() for grad in grads], max_norm)
-        if scale is None:
-            return norm, factor
-    else:
-        norm = torch.nn.utils.get_total_norm(grads).float()
-    if scale is not None:
-        norm = norm / scale.to(norm.device)
-    factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), torch.nan)
-    return norm, factor if scale is None else factor / scale.to(norm.device)
+def has_step_kernel(param: Tensor) -> bool:
+    """Whether the ops of the rules take such a parameter."""
+    return type(param) in PLAIN and param.dtype in DTYPES and param.device.type in DEVICES
 
 
 def _stacklevel_of_caller() -> int:

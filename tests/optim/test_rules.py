@@ -84,9 +84,7 @@ def test_a_step_in_float32_is_the_rules_bits(kind, backend):
         for group in plain.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    state = plain.state[param]
-                    if not state:
-                        plain._start(group, param, state)
+                    state = plain._state_of(group, param)
                     with torch.no_grad():
                         plain._step_in_torch(group, param, param.grad, state)
         for param, same in zip(params, copies, strict=True):
@@ -499,8 +497,12 @@ def test_settings_out_of_range(cls, setting, message):
         (lambda a: a["grads"].__setitem__(0, torch.zeros(3)), "must have the shape and dtype"),
         (lambda a: a["states"].__setitem__(1, torch.zeros(2, dtype=torch.float16)), "states must have one dtype"),
         (lambda a: a["states"].__setitem__(1, torch.zeros(3)), "states must have the sizes of params"),
+        (lambda a: a["states"].__setitem__(0, torch.zeros(257)), "states must have the sizes of params"),
+        (lambda a: a["steps"].__setitem__(0, torch.zeros(2)), "steps must have one element for each of params"),
+        (lambda a: [a[n].append(torch.zeros(2)) for n in ("params", "grads")], "steps must have one element for each"),
+        (lambda a: a["steps"].pop(), "states must be a list of 2 for each of steps"),
         (lambda a: a["grads"].__setitem__(0, torch.zeros(4)[::2]), "must be contiguous"),
-        (lambda a: a["steps"].__setitem__(0, torch.zeros(1, dtype=torch.int64)), "steps must be float32 scalars"),
+        (lambda a: a["steps"].__setitem__(0, torch.zeros(1, dtype=torch.int64)), "steps must be float32"),
         (lambda a: a["absmaxes"].append(torch.zeros(1)), "absmaxes must be a list"),
         (lambda a: a["codebooks"].append(torch.zeros(1)), "codebooks must be a list"),
     ],
