@@ -1,7 +1,7 @@
 """Our attention beside torch's, forward and backward each, at the head sizes of SmolLM2-135M: 9 heads of 64 columns
 that share 3 heads of keys, seen in the projections' memory. "padded" is by such a mask as transformers makes where rows
 have padding: here the first begins with an eighth of it. "window" is by one where each token sees a quarter of the row
-at most, up to itself.
+at most, up to itself. "single" is of one query to keys and values in a cache, as when text is generated.
 
 times_ours is torch's time over ours; floor_ms what the products of queries and the keys that they see (with padding
 those under the diagonal), or the bytes, take at least on this machine, and of_floor its fraction of our time.
@@ -23,10 +23,11 @@ from torch.nn import functional as F
 from benchmarks.harness import Floor, Work, floor, interleaved, print_table, ratio, refuse_if_red, write
 from entrenar.autograd.ops import attention
 
-TESTS = ("tests/autograd/test_attention.py", "tests/autograd/test_masked_attention.py")
+TESTS = tuple(f"tests/autograd/test_{name}.py" for name in ("attention", "masked_attention", "single_queries"))
 HEADS, KV_HEADS, HEAD = 9, 3, 64
 SIZES = ((4, 256), (1, 1024), (4, 1024))
 WINDOWS = 4
+OPS = {"ours": attention, "torch": F.scaled_dot_product_attention}
 
 
 def work(batch: int, tokens: int, window: int, dtype: torch.dtype, *, backward: bool) -> Work:
@@ -61,19 +62,40 @@ def measure(rounds: int, machine: Floor) -> list[dict[str, Any]]:
                     window = tokens // WINDOWS if kind == "window" else tokens
                     least = work(batch, tokens, window, dtype, backward=step == "backward")
                     rows.append(
-                        {
-                            "dtype": str(dtype).removeprefix("torch."),
-                            "batch": batch,
-                            "tokens": tokens,
-                            "kind": kind,
-                            "step": step,
-                            "ours_ms": round(1e3 * statistics.median(seconds["ours"]), 3),
-                            "torch_ms": round(1e3 * statistics.median(seconds["torch"]), 3),
-                            "times_ours": round(ratio(seconds["torch"], seconds["ours"]), 3),
-                            **machine.columns(least, seconds["ours"]),
-                        }
+                        row_of(dtype, batch, tokens, kind, step, seconds, machine.columns(least, seconds["ours"]))
                     )
     return rows
+
+
+def measure_single(rounds: int, machine: Floor) -> list[dict[str, Any]]:
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for batch, tokens in SIZES:
+            query = torch.randn(batch, HEADS, 1, HEAD, dtype=dtype)
+            key, value = (torch.randn(batch, KV_HEADS, tokens, HEAD, dtype=dtype) for _ in range(2))
+            calls = {name: functools.partial(op, query, key, value, enable_gqa=True) for name, op in OPS.items()}
+            seconds = interleaved(calls, rounds)
+            least = Work(key.nbytes + value.nbytes + query.nbytes, query.nbytes)
+            rows.append(
+                row_of(dtype, batch, tokens, "single", "forward", seconds, machine.columns(least, seconds["ours"]))
+            )
+    return rows
+
+
+def row_of(
+    dtype: torch.dtype, batch: int, tokens: int, kind: str, step: str, seconds: dict[str, Any], floors: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": batch,
+        "tokens": tokens,
+        "kind": kind,
+        "step": step,
+        "ours_ms": round(1e3 * statistics.median(seconds["ours"]), 3),
+        "torch_ms": round(1e3 * statistics.median(seconds["torch"]), 3),
+        "times_ours": round(ratio(seconds["torch"], seconds["ours"]), 3),
+        **floors,
+    }
 
 
 def padded(batch: int, tokens: int) -> Tensor:
@@ -88,10 +110,9 @@ def windowed(tokens: int) -> Tensor:
 
 def steps(args: tuple[Tensor, ...], dy: Tensor, **settings: Any) -> dict[str, dict[str, Callable[[], Any]]]:
     """The contenders' calls, forward and backward."""
-    ops = {"ours": attention, "torch": F.scaled_dot_product_attention}
-    outputs = {name: op(*args, **settings) for name, op in ops.items()}
+    outputs = {name: op(*args, **settings) for name, op in OPS.items()}
     return {
-        "forward": {name: functools.partial(op, *args, **settings) for name, op in ops.items()},
+        "forward": {name: functools.partial(op, *args, **settings) for name, op in OPS.items()},
         "backward": {
             name: functools.partial(torch.autograd.grad, y, args, dy, retain_graph=True) for name, y in outputs.items()
         },
@@ -105,7 +126,7 @@ def main() -> None:
     refuse_if_red(*TESTS)
     torch.manual_seed(0)
     machine = floor()
-    rows = measure(arguments.rounds, machine)
+    rows = measure(arguments.rounds, machine) + measure_single(arguments.rounds, machine)
     print_table(rows)
     write("attention", {"rows": rows, "floor": asdict(machine)})
 

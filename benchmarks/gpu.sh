@@ -27,7 +27,7 @@ build() {
 gpu_tests() {
   printf 'tests/autograd/test_%s.py\n' add_rms_norm attention cross_entropy_kernel decoder_block embedding int4 int4_linear \
     int4_lora_linears linear_cross_entropy loss_ops masked_attention matmul norm ops packed_attention \
-    pointwise_kernels rotary swiglu swiglu_int4_lora_linear
+    pointwise_kernels rotary single_queries swiglu swiglu_int4_lora_linear
   printf 'tests/%s\n' cuda/test_assertion.py cuda/test_determinism.py cuda/test_few_rows.py cuda/test_not_compiled.py \
     cuda/test_product_sm90.py fusion lora/test_layers.py lora/test_wrap.py optim/test_adamw.py \
     optim/test_buckets.py optim/test_clip.py optim/test_codes.py optim/test_fused_clip.py optim/test_rules.py \

@@ -11,12 +11,37 @@ namespace entrenar {
 
 namespace {
 
+// Of one query a head, for the heads of a group together, unless then there were less than a group for each thread.
+void forward_single(const Problem& p, const Output& o, float* lse) {
+  const bool together = p.batch * p.groups >= static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t heads = together ? p.heads_per_group() : 1;
+  for_each(items_of(p, [&](const Sequence&) { return p.heads_per_group() / heads; }),
+           [&](const Item& item, const Item*) {
+             static thread_local Workspace workspace;
+             const int64_t batch = item.sequence->batch, head = item.group * p.heads_per_group() + item.index * heads;
+             const auto rows = [&](const auto& x) {
+               auto rows = x.rows(batch, head, 0);
+               rows.stride = x.head_stride;
+               return rows;
+             };
+             const AttentionBlock block = {0, heads, rows(p.q), p.keys, nullptr, p.mask.from(batch, head), {}};
+             const AttentionOutput output = {rows(o), lse + batch * p.heads + head};
+             const int64_t floats = kernels().attention_single_floats(p.keys);
+             kernels().attention_single(&p.kind, &block, p.k.rows(batch, item.group, 0), p.v.rows(batch, item.group, 0),
+                                        &output, static_cast<float*>(workspace.reserve(floats * sizeof(float))));
+           });
+}
+
 std::tuple<Tensor, Tensor> forward(const Problem& p, const Tensor& q) {
   Tensor o = new_heads(q, p.batch, p.heads, p.queries, p.kind.value_columns);
   Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.queries}, ScalarType::Float);
   if (p.keys == 0) {
     torch::stable::zero_(o);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+    return {o, lse};
+  }
+  if (p.queries == 1 && !p.kind.causal) {
+    forward_single(p, output(o), lse.mutable_data_ptr<float>());
     return {o, lse};
   }
   uint32_t* tiles = reserve_tiles(p, p.groups * p.head_tiles(), false);

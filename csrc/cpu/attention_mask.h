@@ -40,16 +40,20 @@ class Mask {
     for (int d = 0; d < 3; d++) strides_[d] = rows.size(d) == 1 ? 0 : rows.stride(d);
   }
 
-  AttentionMask from(int64_t batch, int64_t head, int64_t query) const {
-    const int64_t at = batch * strides_[0] + head * strides_[1] + query * strides_[2];
-    const int64_t bytes = dtype_ == kFloat32 ? 4 : 2;
-    return {seen_ ? seen_ + at : nullptr, bias_ ? bias_ + at * bytes : nullptr, dtype_, strides_[2]};
-  }
+  // Of queries of a head, and of the first query of heads.
+  AttentionMask from(int64_t batch, int64_t head, int64_t query) const { return from(batch, head, query, strides_[2]); }
+  AttentionMask from(int64_t batch, int64_t head) const { return from(batch, head, 0, strides_[1]); }
 
  private:
   static constexpr int64_t kWord = 64, kRowsToSplit = 64;
 
   static bool fits(const Tensor& mask, int d, int64_t size) { return mask.size(d) == size || mask.size(d) == 1; }
+
+  AttentionMask from(int64_t batch, int64_t head, int64_t query, int64_t stride) const {
+    const int64_t at = batch * strides_[0] + head * strides_[1] + query * strides_[2];
+    const int64_t bytes = dtype_ == kFloat32 ? 4 : 2;
+    return {seen_ ? seen_ + at : nullptr, bias_ ? bias_ + at * bytes : nullptr, dtype_, stride};
+  }
 
   void pack(const Tensor& mask) {
     static thread_local Workspace workspace;

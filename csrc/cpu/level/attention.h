@@ -3,6 +3,7 @@
 
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "attention_single.h"
 
 namespace {
 
@@ -27,6 +28,13 @@ void attention_pack(const AttentionKind* kind, bool backward, ConstRows k, Const
 void attention_forward(const AttentionKind* kind, const AttentionBlock* block, const AttentionOutput* output,
                        void* scratch) {
   FOR_UNITS_OF(kind->dtype, forward_block)(*kind, *block, *output, *(ForwardScratch*)scratch);
+}
+
+int64_t attention_single_floats(int64_t keys) { return kHeadsAtOnce * score_stride(keys); }
+
+void attention_single(const AttentionKind* kind, const AttentionBlock* block, ConstRows k, ConstRows v,
+                      const AttentionOutput* output, float* scratch) {
+  (kind->dtype == kFloat32 ? single_queries<kFloat32> : single_queries<kBFloat16>)(*kind, *block, k, v, *output, scratch);
 }
 
 void attention_backward(const AttentionKind* kind, const AttentionBlock* block, const AttentionGradient* gradient,

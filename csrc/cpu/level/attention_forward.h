@@ -26,6 +26,20 @@ inline bool sees_some(const AttentionBlock& block, int64_t query) {
   return false;
 }
 
+// Writes a query's output, from sums in panels of kBlock columns that lie `stride` apart, and the logarithm of the
+// probabilities' `total`, which are relative to e^reference.
+inline void store_query(const AttentionKind& kind, const AttentionBlock& block, const AttentionOutput& output,
+                        int64_t query, const float* sums, int64_t stride, float total, float reference) {
+  void* const o = element(kind.dtype, output.o, query, 0);
+  if (total == 0 && block.mask.given() && !sees_some(block, query)) {
+    __builtin_memset(o, 0, kind.value_columns * (kind.dtype == kFloat32 ? 4 : 2));
+    output.lse[query] = -__builtin_inff();
+    return;
+  }
+  store_panel_row(kind.dtype, sums, stride, kind.value_columns, 1.0f / total, o);
+  output.lse[query] = reference + __builtin_logf(total);
+}
+
 template <bool kPairs>
 void forward_strip(const AttentionKind& kind, const AttentionBlock& block, int64_t first, const AttentionOutput& output,
                    ForwardScratch& s) {
@@ -51,14 +65,8 @@ void forward_strip(const AttentionKind& kind, const AttentionBlock& block, int64
   }
   for (int64_t query = 0; query < queries; query++) {
     const float total = begun ? sum(s.rows[query].total) : 0;
-    void* const o = element(kind.dtype, output.o, first + query, 0);
-    if (total == 0 && block.mask.given() && !sees_some(block, first + query)) {
-      __builtin_memset(o, 0, kind.value_columns * (kind.dtype == kFloat32 ? 4 : 2));
-      output.lse[first + query] = -__builtin_inff();
-      continue;
-    }
-    store_panel_row(kind.dtype, s.outputs + query * kBlock, kStrip * kBlock, kind.value_columns, 1.0f / total, o);
-    output.lse[first + query] = s.rows[query].reference / Probability<kPairs>::kPerNat + __builtin_logf(total);
+    store_query(kind, block, output, first + query, s.outputs + query * kBlock, kStrip * kBlock, total,
+                s.rows[query].reference / Probability<kPairs>::kPerNat);
   }
 }
 

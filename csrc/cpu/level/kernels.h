@@ -95,6 +95,11 @@ struct Kernels {
   int64_t (*attention_scratch_bytes)();
   void (*attention_forward)(const AttentionKind* kind, const AttentionBlock* block, const AttentionOutput* output,
                             void* scratch);
+  // The same of a block of heads that have one query each and share k and v, which are taken as they are, with so many
+  // floats for scratch. Nothing is causal.
+  int64_t (*attention_single_floats)(int64_t keys);
+  void (*attention_single)(const AttentionKind* kind, const AttentionBlock* block, ConstRows k, ConstRows v,
+                           const AttentionOutput* output, float* scratch);
   void (*attention_backward)(const AttentionKind* kind, const AttentionBlock* block, const AttentionGradient* gradient,
                              void* scratch);
 
