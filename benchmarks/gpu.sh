@@ -30,7 +30,7 @@ gpu_tests() {
     pointwise_kernels rotary single_queries swiglu swiglu_int4_lora_linear
   printf 'tests/%s\n' cuda/test_assertion.py cuda/test_determinism.py cuda/test_few_rows.py cuda/test_not_compiled.py \
     cuda/test_product_sm90.py fusion lora/test_layers.py lora/test_wrap.py optim/test_adamw.py \
-    optim/test_buckets.py optim/test_clip.py optim/test_codes.py optim/test_fused_clip.py optim/test_rules.py \
+    optim/test_clip.py optim/test_codes.py optim/test_fused_clip.py optim/test_rules.py optim/test_states.py \
     training/test_autocast.py training/test_data_parallel.py training/test_gpu.py
 }
 

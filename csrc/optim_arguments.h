@@ -23,8 +23,8 @@ inline void check_on(const Tensor& tensor, const char* name, const Tensor& param
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
 
-inline float* floats(const Tensor& tensor, const char* name, const Tensor& params) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
+inline float* optim_scalar(Tensor& tensor, const char* name, const Tensor& params) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.numel() == 1, name, " must be float32 scalars");
   check_on(tensor, name, params);
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
@@ -36,71 +36,19 @@ inline const Codebook* codebook(const Tensor& tensor, const Tensor& params) {
   return static_cast<const Codebook*>(tensor.const_data_ptr());
 }
 
-// The tensors in which parameters that follow each other have their states: one of steps, which says by its size how many
-// they are, and one of each state, where each parameter begins with a block.
-class Bucket {
- public:
-  Bucket(const OptimCall& call, const Tensors& states, const Tensors& absmaxes, const Tensors& steps, size_t index,
-         const Tensor& params)
-      : call_(call), steps_(floats(steps[index], "steps", params)), count_(steps[index].numel()) {
-    for (int k = 0; k < call.states; k++) {
-      const Tensor& state = states[k * steps.size() + index];
-      STD_TORCH_CHECK(state.scalar_type() == states[0].scalar_type(), "states must have one dtype");
-      check_on(state, "states", params);
-      states_[k] = static_cast<char*>(state.mutable_data_ptr());
-      sizes_[k] = state.numel();
-      element_bytes_ = state.element_size();
-      if (!call.codes) continue;
-      const Tensor& absmax = absmaxes[k * steps.size() + index];
-      absmaxes_[k] = floats(absmax, "absmaxes", params);
-      absmax_sizes_[k] = absmax.numel();
-    }
-  }
-
-  bool full() const { return taken_ == count_; }
-
-  // Gives a parameter its place.
-  void take(OptimTensor& tensor) {
-    tensor.step = steps_ + taken_++;
-    for (int k = 0; k < call_.states; k++) {
-      tensor.states[k] = states_[k] + blocks_ * kCodeBlock * element_bytes_;
-      tensor.absmaxes[k] = call_.codes ? absmaxes_[k] + blocks_ : nullptr;
-    }
-    end_ = blocks_ * kCodeBlock + tensor.size;
-    blocks_ += code_blocks(tensor.size);
-  }
-
-  // The last block may be shorter.
-  void check_sizes() const {
-    for (int k = 0; k < call_.states; k++) {
-      STD_TORCH_CHECK(sizes_[k] == end_ || sizes_[k] == blocks_ * kCodeBlock, "states must have the sizes of params");
-      STD_TORCH_CHECK(!call_.codes || absmax_sizes_[k] == blocks_, "absmaxes must have one element for each block of ",
-                      kCodeBlock, " elements");
-    }
-  }
-
- private:
-  const OptimCall& call_;
-  float* steps_;
-  int64_t count_, taken_ = 0, blocks_ = 0, end_ = 0;
-  char* states_[kMaxStates];
-  float* absmaxes_[kMaxStates];
-  int64_t element_bytes_, sizes_[kMaxStates], absmax_sizes_[kMaxStates];
-};
-
-// `states` holds the tensors of the first state, then those of the second; so does `absmaxes`, where the states are codes.
-inline OptimWork optim_work(Rule rule, const Tensors& params, const Tensors& grads, const Tensors& states,
-                            const Tensors& absmaxes, const Tensors& steps, const Tensors& codebooks,
-                            const std::optional<Tensor>& factor, bool stochastic) {
-  const size_t count = params.size(), buckets = steps.size();
-  STD_TORCH_CHECK(grads.size() == count, "params and grads must be lists of one length");
-  const size_t per_param = buckets ? states.size() / buckets : 0;
+// `states` holds the first state of every parameter, then the second of every one; so does `absmaxes`, where the states
+// are codes.
+inline OptimWork optim_work(Rule rule, Tensors& params, const Tensors& grads, Tensors& states, Tensors& absmaxes,
+                            Tensors& steps, const Tensors& codebooks, std::optional<Tensor>& factor, bool stochastic) {
+  const size_t count = params.size();
+  STD_TORCH_CHECK(grads.size() == count && steps.size() == count, "params, grads and steps must be lists of one length");
+  const size_t per_param = count ? states.size() / count : 0;
   OptimWork work = {};
   OptimCall& call = work.call;
   if (count == 0) return work;
   const size_t least = rule == kSGD ? 0 : rule == kAdam ? 2 : 1, most = rule == kAdam ? 2 : 1;
-  STD_TORCH_CHECK(states.size() == per_param * buckets && per_param >= least && per_param <= most,
-                  "states must be a list of ", most, " for each of steps");
+  STD_TORCH_CHECK(states.size() == per_param * count && per_param >= least && per_param <= most,
+                  "states must be a list of ", most, " for each of params");
   call.rule = rule;
   call.states = static_cast<int>(per_param);
   call.dtype = float_dtype_of(params[0], "params");
@@ -112,32 +60,35 @@ inline OptimWork optim_work(Rule rule, const Tensors& params, const Tensors& gra
   STD_TORCH_CHECK(absmaxes.size() == (call.codes ? states.size() : 0), "absmaxes must be a list of one for each of states");
   STD_TORCH_CHECK(codebooks.size() == (call.codes ? per_param : 0), "codebooks must be a list of one for each state");
   for (size_t k = 0; k < codebooks.size(); k++) call.codebooks[k] = codebook(codebooks[k], params[0]);
-  if (factor) {
-    STD_TORCH_CHECK(factor->numel() == 1, "factor must be a scalar");
-    call.factor = floats(*factor, "factor", params[0]);
-  }
+  if (factor) call.factor = optim_scalar(*factor, "factor", params[0]);
 
   work.tensors.reserve(count);
-  size_t i = 0;
-  for (size_t index = 0; index < buckets; index++) {
-    Bucket bucket(call, states, absmaxes, steps, index, params[0]);
-    for (; !bucket.full(); i++) {
-      STD_TORCH_CHECK(i < count, "steps must have one element for each of params");
-      const Tensor& param = params[i];
-      STD_TORCH_CHECK(float_dtype_of(param, "params") == call.dtype, "params must have one dtype");
-      check_on(param, "params", params[0]);
-      check_like(grads[i], "grads", param);
-      check_on(grads[i], "grads", params[0]);
-      OptimTensor tensor = {};
-      tensor.param = param.mutable_data_ptr();
-      tensor.grad = grads[i].const_data_ptr();
-      tensor.size = param.numel();
-      bucket.take(tensor);
-      work.tensors.push_back(tensor);
+  for (size_t i = 0; i < count; i++) {
+    Tensor& param = params[i];
+    STD_TORCH_CHECK(float_dtype_of(param, "params") == call.dtype, "params must have one dtype");
+    check_on(param, "params", params[0]);
+    check_like(grads[i], "grads", param);
+    check_on(grads[i], "grads", params[0]);
+    OptimTensor tensor = {};
+    tensor.param = param.mutable_data_ptr();
+    tensor.grad = grads[i].const_data_ptr();
+    tensor.size = param.numel();
+    tensor.step = optim_scalar(steps[i], "steps", params[0]);
+    for (size_t k = 0; k < per_param; k++) {
+      Tensor& state = states[k * count + i];
+      STD_TORCH_CHECK(state.scalar_type() == states[0].scalar_type(), "states must have one dtype");
+      STD_TORCH_CHECK(state.numel() == tensor.size, "states must have the sizes of params");
+      check_on(state, "states", params[0]);
+      tensor.states[k] = state.mutable_data_ptr();
+      if (!call.codes) continue;
+      Tensor& absmax = absmaxes[k * count + i];
+      STD_TORCH_CHECK(absmax.scalar_type() == ScalarType::Float && absmax.numel() == code_blocks(tensor.size),
+                      "absmaxes must be float32, one for each block of ", kCodeBlock, " elements");
+      check_on(absmax, "absmaxes", params[0]);
+      tensor.absmaxes[k] = static_cast<float*>(absmax.mutable_data_ptr());
     }
-    bucket.check_sizes();
+    work.tensors.push_back(tensor);
   }
-  STD_TORCH_CHECK(i == count, "steps must have one element for each of params");
   return work;
 }
 

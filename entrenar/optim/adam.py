@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from entrenar.optim.base import KernelOptimizer, Params, check_betas, check_number, define_step
+from entrenar.optim.base import KernelOptimizer, Params, check_betas, check_number, chosen_betas, define_step
 from entrenar.optim.rounding import add_, lerp_, sqrt, square_add_
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ class Adam(KernelOptimizer):
     is given stands in place of the short one. A learning rate may be a tensor of one element. The state of a parameter
     is `step`, `exp_avg` and `exp_avg_sq`, in the parameter's dtype, so that state_dicts go both ways between this class
     and torch's. All parameters of a group take their step in one call of a kernel, where there is one: for float32,
-    bfloat16 and float16 on the CPU and on CUDA. Those that begin together have views of one tensor as their states,
-    which may be replaced, and must be cloned to be saved apart.
+    bfloat16 and float16 on the CPU and on CUDA.
 
     Args:
         maximize: step along the gradient instead of against it.
@@ -97,7 +96,7 @@ class Adam(KernelOptimizer):
     ) -> None:
         defaults = {
             "lr": lr if learning_rate is None else learning_rate,
-            "betas": (betas[0] if beta1 is None else beta1, betas[1] if beta2 is None else beta2, *betas[2:]),
+            "betas": chosen_betas(betas, beta1, beta2),
             "eps": eps if epsilon is None else epsilon,
             "weight_decay": weight_decay,
             "maximize": maximize,
@@ -118,6 +117,8 @@ class Adam(KernelOptimizer):
         for name in ("lr", "eps", "weight_decay"):
             check_number(name, settings[name])
         check_betas(settings["betas"])
+        if settings.get("decoupled_weight_decay") and settings["weight_decay"] and not self.DECOUPLED:
+            raise ValueError("decoupled_weight_decay is AdamW's: use that")
 
     def _update(self, group: dict[str, Any], param: Tensor, grad: Tensor, states: list[Tensor], step: int) -> None:
         beta1, beta2 = group["betas"]
@@ -128,9 +129,9 @@ class Adam(KernelOptimizer):
         torch.ops.entrenar.adam_(
             *lists,
             float(group["lr"]),
-            *group["betas"],
-            group["eps"],
-            group["weight_decay"],
+            *map(float, group["betas"]),
+            float(group["eps"]),
+            float(group["weight_decay"]),
             self.DECOUPLED,
             group["maximize"],
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import warnings
 from abc import abstractmethod
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
-from operator import attrgetter, is_
+from numbers import Real
+from operator import attrgetter
 from typing import Any, ClassVar, overload
 
 import torch
@@ -17,12 +19,16 @@ from torch.optim import Optimizer
 
 from entrenar.autograd.ops._kernel import DEVICES, DTYPES, PLAIN
 from entrenar.autograd.ops._library import define
-from entrenar.optim.bucket import Bucket, State, lay_together
 from entrenar.optim.clip import global_norm, why_not_finite
 from entrenar.optim.codes import BLOCK, ZERO_CODE, codebook, dequantize_blockwise, quantize_blockwise
 from entrenar.optim.exchange import from_bitsandbytes
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+ALL_STATES = {"momentum_buffer", "exp_avg", "exp_avg_sq"}  # of all rules
+STEP, ABSMAX = "step", "_absmax"  # the state that counts, and what a name ends with that has the maxima of codes
+State = dict[str, Any]  # of a parameter, by name
+Row = tuple[Tensor, Tensor, State]  # a parameter, its gradient and its state
 
 LISTS = (
     "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] absmaxes, Tensor(d!)[] steps, "
@@ -33,11 +39,10 @@ LISTS = (
 def define_step(name: str, settings: str) -> None:
     """Define the op of a rule: one step of many tensors, computed in float32 and rounded once.
 
-    All tensors are contiguous. A tensor of `steps` (float32, which count up) has one for each of some parameters that
-    follow each other. `states` holds as many tensors of the first state, then as many of the second: in the dtype of
-    the parameters, in float32, or as uint8 codes, with `absmaxes` in the same order and a codebook for each state. In
-    a tensor of states each parameter begins with a block of 256 elements of its own. `factor` scales the gradients; if
-    it is not finite, nothing changes. With a `seed` bfloat16 parameters are rounded stochastically.
+    All tensors are contiguous. `states` holds the first state of every parameter, then the second of every one:
+    in the dtype of the parameters, in float32, or as uint8 codes with their `absmaxes`, in the same order, and a
+    codebook for each state. `steps` (float32 scalars) count up. `factor` scales the gradients; if it is not finite,
+    nothing changes. With a `seed` bfloat16 parameters are rounded stochastically.
     """
 
     def fake(*arguments: Any) -> None:
@@ -85,15 +90,10 @@ class KernelOptimizer(Optimizer):
             defaults["min_8bit_size"] = min_8bit_size
         self.max_norm = max_norm
         self._skipped: dict[torch.device, Tensor] = {}
-        self._buckets: dict[int, tuple[list[Tensor], list[Bucket]]] = {}  # by group: its parameters, and all in buckets
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_norm": self.max_norm, "_skipped": self._skipped}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._buckets = {}
 
     @property
     def skipped_steps(self) -> int:
@@ -123,6 +123,7 @@ class KernelOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after checking its settings and parameters, as `torch.optim.Optimizer.add_param_group`."""
         self._check_settings({**self.defaults, **param_group})
+        _refuse(param_group)
         super().add_param_group(param_group)
         for i, param in enumerate(self.param_groups[-1]["params"]):
             if not param.is_floating_point():
@@ -160,118 +161,90 @@ class KernelOptimizer(Optimizer):
         if not {torch.strided}.issuperset(map(attrgetter("layout"), present)):
             self._refuse_sparse(gradients)
         factor = self._factor(present)
-        for g, (group, grads) in enumerate(zip(self.param_groups, gradients, strict=True)):
-            for bucket in self._buckets_of(g, grads):
-                self._step_bucket(group, bucket, [grads[i] for i in bucket.positions], factor)
+        for group, grads in zip(self.param_groups, gradients, strict=True):
+            self._step_group(group, grads, factor)
         return loss
 
-    def _buckets_of(self, g: int, grads: list[Tensor | None]) -> list[Bucket]:
-        """The buckets of group `g`, in which all its parameters are that have or ever had a gradient."""
-        group = self.param_groups[g]
-        params = group["params"]
-        members, buckets = self._buckets.get(g, ([], []))
-        same = len(members) == len(params) and all(map(is_, members, params))
-        buckets = [bucket for bucket in buckets if same and bucket.is_current(self.state)]
-        if sum(len(bucket.params) for bucket in buckets) < len(params):
-            taken = {i for bucket in buckets for i in bucket.positions}
-            together: dict[Any, list[int]] = defaultdict(list)
-            for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-                if grad is not None and i not in taken:
-                    alone = None if has_step_kernel(param) else i
-                    together[alone, param.device, param.dtype, self._state_dtype(group, param)].append(i)
-            for (*_, dtype), positions in together.items():
-                some = [params[i] for i in positions]
-                states = (self._state_of(group, param) for param in some)
-                buckets.append(lay_together(positions, some, states, ["step", *self._state_names(group, dtype)]))
-            self._buckets[g] = [*params], buckets
-        return buckets
+    def _step_group(self, group: dict[str, Any], grads: list[Tensor | None], factor: Tensor | None) -> None:
+        first = next(iter(self._signs(group)), STEP)
+        together: dict[Any, list[Row]] = defaultdict(list)
+        for param, grad in zip(group["params"], grads, strict=True):
+            if grad is None:
+                continue
+            state = self.state[param]
+            if state.get(first) is None:
+                self._start(group, param, state)
+            kind = param.device, param.dtype, state[first].dtype, type(param), type(grad)
+            together[kind].append((param, grad, state))
+        for rows in together.values():
+            self._step_alike(group, rows, factor)
 
-    def _step_bucket(
-        self, group: dict[str, Any], bucket: Bucket, grads: list[Tensor | None], factor: Tensor | None
-    ) -> None:
-        there = [grad is not None for grad in grads]
-        if not any(there):
-            return
-        if not all(there):
-            bucket = bucket.only(there)
-        gradients = [grad for grad in grads if grad is not None]
-        param = bucket.params[0]
-        factor = None if factor is None else factor.to(param.device)
-        if not has_step_kernel(param) or not PLAIN.issuperset(map(type, gradients)):
+    def _step_alike(self, group: dict[str, Any], rows: list[Row], factor: Tensor | None) -> None:
+        """A step of parameters of one device, dtype and class, whose states and gradients are of one each too."""
+        params, grads, states = zip(*rows, strict=True)
+        device = params[0].device
+        factor = None if factor is None else factor.to(device)
+        if not _has_kernel(params[0]) or type(grads[0]) not in PLAIN:
             if factor is None or bool(factor.isfinite()):
-                for param, grad, state in zip(bucket.params, gradients, bucket.states, strict=True):
+                for param, grad, state in rows:
                     self._step_in_torch(group, param, grad if factor is None else grad * factor, state)
             return
         signs = self._signs(group)
-        codes = self._state_dtype(group, param) is torch.uint8
-        contiguous = [param.contiguous() for param in bucket.params]
+        absmaxes = [name + ABSMAX for name in signs if name + ABSMAX in states[0]]
+        contiguous = [param.contiguous() for param in params]
         lists = (
             contiguous,
-            [grad.contiguous() for grad in gradients],
-            [tensor for name in signs for tensor in bucket.tensors(name)],
-            [tensor for name in signs for tensor in bucket.tensors(name + "_absmax")] if codes else [],
-            bucket.tensors("step"),
-            [codebook(signed, param.device) for signed in signs.values()] if codes else [],
+            [grad.contiguous() for grad in grads],
+            [state[name] for name in signs for state in states],
+            [state[name] for name in absmaxes for state in states],
+            [state[STEP] for state in states],
+            [codebook(signed, device) for signed in signs.values()] if absmaxes else [],
             factor,
             group["seed"] if group["stochastic_rounding"] else None,
         )
         self._step_op(group, lists)
-        for param, copy in zip(bucket.params, contiguous, strict=True):
+        for param, copy in zip(params, contiguous, strict=True):
             if copy is not param:
                 param.copy_(copy)
 
-    def _step_in_torch(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+    def _step_in_torch(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: State) -> None:
         if group["stochastic_rounding"] and param.dtype is torch.bfloat16:
             raise RuntimeError(f"stochastic rounding needs the compiled kernels, which {param.device} does not have")
-        state["step"] += 1
+        state[STEP] += 1
         grad = -grad if group["maximize"] else grad
         signs = self._signs(group)
         states = [
-            dequantize_blockwise(state[name], state[name + "_absmax"], signed)
+            dequantize_blockwise(state[name], state[name + ABSMAX], signed)
             if state[name].dtype is torch.uint8
             else state[name]
             for name, signed in signs.items()
         ]
-        if all(each.dtype is param.dtype for each in states):
-            self._update(group, param, grad, states, int(state["step"]))
-        else:
-            wide = param.to(states[0].dtype)
-            self._update(group, wide, grad.to(wide.dtype), states, int(state["step"]))
+        dtype = functools.reduce(torch.promote_types, (each.dtype for each in states), param.dtype)
+        wide, *wide_states = (each.to(dtype) for each in (param, *states))
+        self._update(group, wide, grad.to(dtype), wide_states, int(state[STEP]))
+        if wide is not param:
             param.copy_(wide)
-        for (name, signed), values in zip(signs.items(), states, strict=True):
+        for (name, signed), values in zip(signs.items(), wide_states, strict=True):
             if state[name].dtype is torch.uint8:
                 codes, absmax = quantize_blockwise(values, signed)
                 state[name].copy_(codes)
-                state[name + "_absmax"].copy_(absmax)
+                state[name + ABSMAX].copy_(absmax)
+            elif values is not state[name]:
+                state[name].copy_(values)
 
-    def _state_dtype(self, group: dict[str, Any], param: Tensor) -> torch.dtype:
-        """That of the states which a parameter has, or will have."""
-        for name in self._signs(group):
-            if name in self.state.get(param, ()):
-                return self.state[param][name].dtype
-        if self.BITS == 8 and param.numel() >= group["min_8bit_size"]:
-            return torch.uint8
+    def _start(self, group: dict[str, Any], param: Tensor, state: State) -> None:
+        codes = self.BITS == 8 and param.numel() >= group["min_8bit_size"]
         wide = self.BITS == 8 or (group["stochastic_rounding"] and param.dtype is torch.bfloat16)
-        return torch.float32 if wide and param.dtype in DTYPES else param.dtype
-
-    def _state_names(self, group: dict[str, Any], dtype: torch.dtype) -> list[str]:
-        """The names of states of that dtype, but for the step's."""
-        names = [*self._signs(group)]
-        return names if dtype is not torch.uint8 else [each for name in names for each in (name, name + "_absmax")]
-
-    def _state_of(self, group: dict[str, Any], param: Tensor) -> State:
-        """The state of a parameter, which begins here if it has not yet."""
-        state = self.state[param]
-        if not state:
-            dtype = self._state_dtype(group, param)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            for name, signed in self._signs(group).items():
+        dtype = torch.float32 if wide and param.dtype in DTYPES else param.dtype
+        state[STEP] = torch.zeros((), dtype=torch.float32, device=param.device)
+        for name, signed in self._signs(group).items():
+            if codes:
+                zero = ZERO_CODE if signed else 0
+                state[name] = torch.full(param.shape, zero, dtype=torch.uint8, device=param.device)
+                blocks = -(-param.numel() // BLOCK)
+                state[name + ABSMAX] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
+            else:
                 state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
-                if dtype is torch.uint8:
-                    state[name].fill_(ZERO_CODE if signed else 0)
-                    blocks = -(-param.numel() // BLOCK)
-                    state[name + "_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
-        return state
 
     def _factor(self, grads: list[Tensor]) -> Tensor | None:
         """What the gradients are multiplied by, where they are; NaN where the step must be left out."""
@@ -284,7 +257,7 @@ class KernelOptimizer(Optimizer):
             limit = math.inf if self.max_norm is None else self.max_norm
             self.grad_norm, factor = global_norm(grads, limit, scale)
         else:
-            factor = torch.ones((), device=grads[0].device)
+            factor = torch.ones((), dtype=torch.float32, device=grads[0].device)
             if scale is not None:
                 factor = factor / scale.to(factor.device)
         if found_inf is not None:
@@ -309,49 +282,70 @@ class KernelOptimizer(Optimizer):
         """Takes the state of an optimizer of the same rule: ours of 32 or 8 bits, torch's, or that of bitsandbytes.
 
         States get the dtypes that they have here: codes are decoded, or floats encoded, where they must be. Settings
-        that the other optimizer does not have stay as they are. Raises ValueError for a state that does not fit.
+        that the other optimizer does not have stay as they are. Raises ValueError for a state that does not fit, with
+        all as it was.
         """
-        state_dict = from_bitsandbytes(state_dict, self.STATES, self.SIGNED)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict := state_dict.copy())
+            state_dict = state_dict if changed is None else changed
+        kept = self.state, self.param_groups
+        try:
+            self._load(from_bitsandbytes(state_dict, self.STATES, self.SIGNED))
+        except BaseException:
+            self.state, self.param_groups = kept
+            raise
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         ours = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        saved = {index: state_dict["state"].get(index) for index in indices}
-        super().load_state_dict({**state_dict, "state": {}})
+        saved = dict(state_dict["state"])
+        hooks = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        try:  # torch would cast states to the dtypes of the parameters
+            super().load_state_dict({**state_dict, "state": {}})
+        finally:
+            self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = hooks
         for group, before in zip(self.param_groups, ours, strict=True):
             for name, value in before.items():
                 group.setdefault(name, value)
             _refuse(group)
             self._check_settings(group)
-        params = [param for group in self.param_groups for param in group["params"]]
-        groups = [group for group in self.param_groups for _ in group["params"]]
-        for param, group, index in zip(params, groups, indices, strict=True):
-            if saved[index]:
-                self.state[param] = self._load_state(group, param, saved[index])
+        places = iter(indices)
+        for group in self.param_groups:
+            states = {param: saved.pop(next(places), None) for param in group["params"]}
+            for param, state in states.items():
+                if state:
+                    self._load_state(group, param, state)
+        self.state.update(saved)  # of nobody here, as torch keeps it
 
-    def _load_state(self, group: dict[str, Any], param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-        state = self._state_of(group, param)
-        state["step"].fill_(saved.get("step", 1))  # torch's SGD does not count, and needs only to know that it began
+    def _load_state(self, group: dict[str, Any], param: Tensor, saved: State) -> None:
+        state = self.state[param]
+        self._start(group, param, state)
+        state[STEP].fill_(saved.get(STEP, 1))  # torch's SGD does not count, and needs only to know that it began
+        where = f"the state of a parameter of shape {tuple(param.shape)}"
+        if others := sorted(name for name in ALL_STATES - {*self.STATES} if saved.get(name) is not None):
+            raise ValueError(f"{where} has {others[0]}, which {type(self).__name__} has not: it is another rule's")
         for name, signed in self._signs(group).items():
-            value = saved.get(name)
+            value, absmax = saved.get(name), saved.get(name + ABSMAX)
             if value is None:
-                if name + "_absmax" in saved or len(self.STATES) > 1:
-                    raise ValueError(f"the state of a parameter of shape {tuple(param.shape)} has no {name}")
-                return {}
+                if absmax is not None or len(self.STATES) > 1:
+                    raise ValueError(f"{where} has no {name}")
+                state.clear()  # it has not begun
+                return
             if value.shape != param.shape:
                 raise ValueError(f"{name} has the shape {tuple(value.shape)}, and its parameter {tuple(param.shape)}")
-            absmax = saved.get(name + "_absmax")
-            if absmax is None and state[name].dtype is not torch.uint8:
-                state[name] = (
-                    value.detach().to(param.device, state[name].dtype).clone(memory_format=torch.contiguous_format)
-                )
-                continue
-            if absmax is None:
-                value, absmax = quantize_blockwise(value.detach(), signed)
+            value = value.detach()
             if state[name].dtype is torch.uint8:
-                state[name].copy_(value)
-                state[name + "_absmax"].copy_(absmax)
+                codes, absmax = (value, absmax) if absmax is not None else quantize_blockwise(value, signed)
+                state[name].copy_(codes)
+                state[name + ABSMAX].copy_(absmax)
             else:
-                state[name].copy_(dequantize_blockwise(value, absmax, signed))
-        return state
+                state[name].copy_(value if absmax is None else dequantize_blockwise(value, absmax, signed))
+        known = {STEP, *(each for name in ALL_STATES for each in (name, name + ABSMAX))}
+        state.update((name, value) for name, value in saved.items() if name not in known)
 
     def _refuse_sparse(self, gradients: list[list[Tensor | None]]) -> None:
         for g, grads in enumerate(gradients):
@@ -363,7 +357,7 @@ class KernelOptimizer(Optimizer):
                     )
 
 
-def has_step_kernel(param: Tensor) -> bool:
+def _has_kernel(param: Tensor) -> bool:
     """Whether the ops of the rules take such a parameter."""
     return type(param) in PLAIN and param.dtype in DTYPES and param.device.type in DEVICES
 
@@ -390,12 +384,20 @@ def check_number(name: str, value: Any, most: float = math.inf) -> None:
         if not value.is_cpu:
             return  # reading it would wait for the device
         value = value.item()
-    if not (isinstance(value, (int, float)) and 0 <= value < most):
+    if not (isinstance(value, Real) and 0 <= float(value) < most):
         kind = "a finite number, 0 or more" if most == math.inf else f"a number in [0, {most:g})"
         raise ValueError(f"{name} must be {kind}, and is {value!r}")
 
 
+def chosen_betas(betas: Any, beta1: float | None, beta2: float | None) -> tuple[float, float]:
+    """The two betas, of which each may be given by its own name instead. Raises ValueError for what is no pair."""
+    check_betas(betas)
+    return betas[0] if beta1 is None else beta1, betas[1] if beta2 is None else beta2
+
+
 def check_betas(betas: Any) -> None:
     """Raise ValueError unless betas are two numbers in [0, 1)."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers in [0, 1), and are {betas!r}")
     for name, value in zip(("beta1", "beta2"), betas, strict=True):
         check_number(name, value, 1)

@@ -21,9 +21,9 @@ def dynamic_map(signed: bool) -> Tensor:
     the middle of its cell. The signed map mirrors them; zero and 1 complete both. These are the values of bitsandbytes'
     `create_dynamic_map`, to the bit.
     """
-    values = [torch.tensor([0.0, 1.0], device="cpu")]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, device="cpu")
+        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float32, device="cpu")
         magnitudes = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [magnitudes, -magnitudes] if signed else [magnitudes]
     return torch.cat(values).sort().values
@@ -39,7 +39,7 @@ def code_bounds(signed: bool) -> Tensor:
     values = _magnitudes(signed).double()
     middle = (values[:-1] + values[1:]) / 2
     rounded = middle.float()
-    above = torch.nextafter(rounded, torch.tensor(torch.inf, device="cpu"))
+    above = torch.nextafter(rounded, torch.tensor(torch.inf, dtype=torch.float32, device="cpu"))
     return torch.where(rounded.double() > middle, rounded, above)
 
 
@@ -106,8 +106,8 @@ def _regions(signed: bool) -> list[_Region]:
 @cache
 def codebook(signed: bool, device: torch.device) -> Tensor:
     """What the kernels need of the map, laid out as `Codebook` in csrc/codes8bit.h."""
-    edges = torch.tensor([region.edge for region in _regions(signed)], device="cpu")
-    powers = 2.0 ** torch.arange(-31, 2, device="cpu")
+    edges = torch.tensor([region.edge for region in _regions(signed)], dtype=torch.float32, device="cpu")
+    powers = 2.0 ** torch.arange(-31, 2, dtype=torch.float32, device="cpu")
     regions = torch.bucketize(powers, edges, right=True) - 1
     if regions.diff().max() > 1:
         raise AssertionError("an exponent must meet at most two regions")
@@ -123,11 +123,11 @@ def _lines(signed: bool) -> Tensor:
 
     Up to 256 this byte of a float32 counts with the number from 128 on, and from there on with its half.
     """
-    lines = torch.zeros(3, 16, device="cpu")
+    lines = torch.zeros(3, 16, dtype=torch.float32, device="cpu")
     for i, region in enumerate(_regions(signed)):
         offset, limit = region.offset + (not signed), region.limit + (not signed)
         line = (region.slope, 128 + offset, 128 + limit) if limit < 128 else (2 * region.slope, 2 * offset, 2 * limit)
-        lines[:, i] = torch.tensor(line, device="cpu")
+        lines[:, i] = torch.tensor(line, dtype=torch.float32, device="cpu")
     return lines
 
 

@@ -53,6 +53,11 @@ def from_bitsandbytes(state_dict: dict[str, Any], names: tuple[str, ...], signs:
         flat = {**saved, **saved.get(BITSANDBYTES_WRAPPER, {})}
         if "state1" not in flat:
             return state_dict
+        found = [f"state{k}" for k in (1, 2) if f"state{k}" in flat]
+        if len(found) != len(names):
+            raise ValueError(
+                f"bitsandbytes' state has {len(found)} tensors for a parameter; due are those of {', '.join(names)}"
+            )
         state = {"step": flat["step"]}
         for k, (name, signed) in enumerate(zip(names, signs, strict=True), start=1):
             state[name] = flat[f"state{k}"]

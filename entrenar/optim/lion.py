@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entrenar.optim.base import KernelOptimizer, Params, check_betas, check_number, define_step
+from entrenar.optim.base import KernelOptimizer, Params, check_betas, check_number, chosen_betas, define_step
 from entrenar.optim.rounding import add_
 
 define_step("lion_", "float lr, float beta1, float beta2, float weight_decay, bool maximize")
@@ -63,7 +63,7 @@ class Lion(KernelOptimizer):
     ) -> None:
         defaults = {
             "lr": lr if learning_rate is None else learning_rate,
-            "betas": (betas[0] if beta1 is None else beta1, betas[1] if beta2 is None else beta2, *betas[2:]),
+            "betas": chosen_betas(betas, beta1, beta2),
             "weight_decay": weight_decay,
             "maximize": maximize,
             "stochastic_rounding": stochastic_rounding,
@@ -82,7 +82,8 @@ class Lion(KernelOptimizer):
         lion_update_(param, grad, states[0], **settings)
 
     def _step_op(self, group: dict[str, Any], lists: tuple[Any, ...]) -> None:
-        torch.ops.entrenar.lion_(*lists, float(group["lr"]), *group["betas"], group["weight_decay"], group["maximize"])
+        settings = float(group["lr"]), *map(float, group["betas"]), float(group["weight_decay"])
+        torch.ops.entrenar.lion_(*lists, *settings, group["maximize"])
 
 
 class Lion8bit(Lion):

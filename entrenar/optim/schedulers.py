@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -159,6 +160,10 @@ class ScheduleLR(LRScheduler):
     def __init__(self, optimizer: Optimizer, schedule: Schedule, last_epoch: int = -1) -> None:
         self.schedule = schedule
         super().__init__(optimizer, last_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the optimizer and the schedule, which is a function of the step."""
+        return {name: value for name, value in super().state_dict().items() if name != "schedule"}
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of every group at this step."""

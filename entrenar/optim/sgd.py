@@ -96,9 +96,9 @@ class SGD(KernelOptimizer):
         torch.ops.entrenar.sgd_(
             *lists,
             float(group["lr"]),
-            group["momentum"],
-            group["dampening"],
-            group["weight_decay"],
+            float(group["momentum"]),
+            float(group["dampening"]),
+            float(group["weight_decay"]),
             group["nesterov"],
             group["maximize"],
         )

@@ -89,7 +89,7 @@ def save_checkpoint(
     optimizer_state = optimizer.state_dict()["state"]
     for index, name in enumerate(parameters):
         for key, value in optimizer_state.get(index, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).clone()  # for parameters may share a tensor
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
     tensors |= _random_state(model)
     header = {HEADER: json.dumps({"state": asdict(state), "fingerprint": fingerprint})}
     try:

@@ -19,7 +19,7 @@ TESTS = [
     "tests/autograd/test_int4.py",
     "tests/autograd/test_int4_fit.py",
     "tests/optim/test_adamw.py",
-    "tests/optim/test_buckets.py",
+    "tests/optim/test_states.py",
     "tests/autograd/test_pointwise_kernels.py",
     "tests/autograd/test_cross_entropy_kernel.py",
     "tests/autograd/test_linear_cross_entropy.py",

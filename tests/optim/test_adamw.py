@@ -118,7 +118,7 @@ def test_settings_at_the_edge_of_their_range():
 
 @pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.99, 0.999)])
 def test_a_group_has_two_betas(betas):
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="betas must be two numbers"):
         AdamW([{"params": [torch.nn.Parameter(torch.zeros(1))], "betas": betas}])
 
 

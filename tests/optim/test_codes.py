@@ -142,7 +142,9 @@ def compare_steps(make: Callable[[list], Any], params, gradients_of: Callable[[i
         for group in plain.param_groups:
             for same in group["params"]:
                 param = params[next(i for i, c in enumerate(copies) if c is same)]
-                state = plain._state_of(group, same)
+                state = plain.state[same]
+                if not state:
+                    plain._start(group, same, state)
                 with torch.no_grad():
                     plain._step_in_torch(group, same, param.grad.to("cpu", copy=True), state)
         for param, same in zip(params, copies, strict=True):
