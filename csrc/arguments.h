@@ -72,6 +72,7 @@ inline void check_bias(const std::optional<Tensor>& bias, int64_t columns) {
 
 inline Weight int4_weight(const Tensor& codes, const Tensor& scales, int64_t columns, int64_t block) {
   STD_TORCH_CHECK(block == 32 || block == 64, "block must be 32 or 64, not ", block);
+  STD_TORCH_CHECK(columns > 0, "a packed weight must have at least one column");
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && scales.scalar_type() == ScalarType::Byte,
                   "codes and scales must be uint8");
   STD_TORCH_CHECK(codes.is_contiguous() && scales.is_contiguous(), "codes and scales must be contiguous");

@@ -112,6 +112,11 @@ struct Backward {
   Tensors dys, us, dus;
 };
 
+void check_rows(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(tensor.dim() > 0 && tensor.size(-1) == columns && rows_of(tensor) == rows, name, " must have ", rows,
+                  " rows, those of x, of ", columns);
+}
+
 // x stands for its shape and dtype alone.
 Backward backward_of(const Tensors& dys, const Tensor& x, const std::vector<Layer>& given, const Tensors& us,
                      double scaling) {
@@ -124,10 +129,10 @@ Backward backward_of(const Tensors& dys, const Tensor& x, const std::vector<Laye
                     "dy, u and x must have the same dtype");
     check_device(dys[i], "dy", x);
     check_device(us[i], "u", x);
+    check_rows(dys[i], "dy", rows, given[i].w.rows);
+    check_rows(us[i], "u", rows, given[i].rank);
     back.dys.push_back(packed(dys[i]));
     back.us.push_back(packed(us[i]));
-    STD_TORCH_CHECK(back.dys[i].numel() == rows * given[i].w.rows && back.us[i].numel() == rows * given[i].rank,
-                    "dy must be [..., N] and u [..., r], with the rows of x");
   }
   back.dus = project_back(back.dys, back.layers, scaling);
   return back;
@@ -152,8 +157,7 @@ Gradients backward(const Tensors& dys, const Tensor& given_x, const std::vector<
 std::tuple<Tensor, Tensor> int4_lora_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
                                             std::optional<Tensor> bias, const Tensor& lora_A, const Tensor& lora_B,
                                             double scaling, int64_t block, std::optional<Tensor> lora_x, bool int8) {
-  STD_TORCH_CHECK(!lora_x || (dtype_of(*lora_x, "lora_x") == dtype_of(x, "x") && lora_x->numel() == x.numel()),
-                  "lora_x must have x's shape and dtype");
+  if (lora_x) check_like(*lora_x, "lora_x", x);
   const auto [ys, us] =
       forward(x, lora_x ? *lora_x : x, {layer_of(x, codes, scales, lora_A, lora_B, block)}, bias, scaling, int8);
   return {ys[0], us[0]};

@@ -42,7 +42,8 @@ Tensor rotary_embedding_op(const Tensor& input, const Tensor& cosines, const Ten
   r.transposed = transposed;
   r.half = x.size(-1) / 2;
   r.rows = r.half ? x.numel() / (2 * r.half) : 0;
-  const Tensor y = torch::stable::empty_like(x);
+  const Tensor like = torch::stable::empty_like(x);  // of elements that overlap it has other strides
+  const Tensor y = with_packed_rows(like);
   strides_like(x, x, "x", r.strides[Rotary::kX]);
   strides_like(cos, x, "cos", r.strides[Rotary::kCos]);
   strides_like(sin, x, "sin", r.strides[Rotary::kSin]);

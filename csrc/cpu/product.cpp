@@ -130,6 +130,7 @@ std::optional<Int8Rows> rounded_to_int8(const Tensor& x, const Weight& w) {
 void multiply(const Term* terms, int count, bool transposed, float scale, const std::optional<Tensor>& bias, Tensor& y,
               const std::optional<Int8Rows>& int8) {
   static thread_local Workspace units[kMaxTerms];
+  STD_TORCH_CHECK(count <= kMaxTerms, "a sum must have at most ", kMaxTerms, " products, and has ", count);
   Product p = {};
   p.dtype = dtype_of(terms[0].x, "x");
   p.transposed = transposed;

@@ -1,4 +1,4 @@
-// Launchers of the int4 kernels. Plain C types, so that nvcc needs nothing of torch; each returns cudaGetLastError().
+// Launchers of the int4 kernels. Plain C types, so that nvcc needs nothing of torch; each returns a cudaError_t.
 #pragma once
 
 #include "../weight.h"

@@ -66,12 +66,15 @@ def wrap(
     bytes_before = storage_bytes(model)
     chosen = match(model, targets)
     shared = _shared_weights(model)
-    adapted: dict[str, nn.Module] = {}
+    bases: dict[str, nn.Module] = dict(chosen)
     for name, layer in chosen.items():
         if bits == 4 and isinstance(layer, nn.Linear) and name not in shared:
-            layer = Int4Linear.from_weight(
+            bases[name] = Int4Linear.from_weight(
                 layer.weight, layer.bias, block=block, scale_dtype=scale_dtype, fit=fit, name=name
             )
+    # From here on nothing can fail, for a layer that gets an adapter is frozen.
+    adapted: dict[str, nn.Module] = {}
+    for name, layer in bases.items():
         kind = QLoRALayer if isinstance(layer, Int4Linear) else LoRALayer
         adapted[name] = kind(layer, rank=rank, alpha=alpha, dropout=dropout).train(model.training)
     quantized = [name for name, layer in adapted.items() if isinstance(layer, QLoRALayer)]

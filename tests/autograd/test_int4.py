@@ -169,6 +169,8 @@ def test_sizes_that_do_not_belong_together_are_refused():
             int4_dequantize(*wrong, 64)
     with pytest.raises(ValueError, match="blocks are of 32 or 64 elements, not 16"):
         int4_dequantize(codes, scales, 64, block=16)
+    with pytest.raises(ValueError, match="at least one column"):
+        int4_dequantize(codes[:, :0], scales[:, :0], 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
@@ -188,6 +190,7 @@ def test_the_operator_itself_refuses_wrong_memory():
         lambda: ops.int4_linear(torch.randn(2, 64), codes, scales, torch.randn(3), 64),
         lambda: ops.int4_linear(torch.randn(2, 64).half(), codes, scales, None, 64),
         lambda: ops.int4_linear_dx(torch.randn(2, 5), codes, scales, 64, 64),
+        lambda: ops.int4_linear(torch.randn(2, 0), codes[:, :0].clone(), scales[:, :0].clone(), None, 64),
         lambda: ops.int4_lora_linear(torch.randn(2, 64), codes, scales, None, A[:, 4:], torch.randn(4, 3), 1.0, 64),
     ]:
         with pytest.raises(RuntimeError, match=r"must"):

@@ -188,3 +188,18 @@ def test_operator_checks_its_lists():
     ys, us = ops.int4_lora_linears(x, codes, scales, None, lora_A, lora_B, 0.5, 64, False)
     with pytest.raises(RuntimeError, match="dy and u must be lists of the layers' length"):
         ops.int4_lora_linears_backward(ys, x, codes, scales, lora_A, lora_B, us[:2], 0.5, 64, True)
+    with pytest.raises(RuntimeError, match="u must have 5 rows, those of x, of 4"):
+        ops.int4_lora_linears_backward(ys, x, codes, scales, lora_A, lora_B, [us[0].T, *us[1:]], 0.5, 64, True)
+    with pytest.raises(RuntimeError, match="dy must have 5 rows, those of x, of 24"):
+        ops.int4_lora_linears_backward([ys[0].flatten(), *ys[1:]], x, codes, scales, lora_A, lora_B, us, 0.5, 64, True)
+    with pytest.raises(RuntimeError, match="dy must have"):
+        ops.int4_lora_linears_backward([ys[0][0, 0], *ys[1:]], x, codes, scales, lora_A, lora_B, us, 0.5, 64, True)
+
+
+@pytest.mark.cpu("on CUDA one product comes after the other")
+def test_more_layers_than_a_sum_takes():
+    codes, scales, _, lora_A, lora_B = (each * 3 for each in make(*QKV))
+    x, ops = torch.randn(5, 80), torch.ops.entrenar
+    ys, us = ops.int4_lora_linears(x, codes, scales, None, lora_A, lora_B, 0.5, 64, False)
+    with pytest.raises(RuntimeError, match="must have at most 16 products, and has 18"):
+        ops.int4_lora_linears_backward(ys, x, codes, scales, lora_A, lora_B, us, 0.5, 64, True)

@@ -123,3 +123,13 @@ def test_opcheck_where_columns_are_apart_in_memory(transposed):
         torch.ops.entrenar.rotary_embedding.default, (x, angles.cos(), angles.sin(), transposed)
     )
     assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("x", [(3, 4, (1, 1)), (3, 4, (0, 1)), (3, 4, (2, 1))], ids=["overlapping", "expanded", "half"])
+def test_rows_that_share_memory(x, backend):
+    rows, columns, strides = x
+    shared = torch.randn(10).as_strided((rows, columns), strides)
+    cos, sin = tables(rows, columns)
+    torch.testing.assert_close(rotary_embedding(shared, cos, sin), rotary_embedding(shared.clone(), cos, sin))
+    results = torch.library.opcheck(torch.ops.entrenar.rotary_embedding.default, (shared, cos, sin, False))
+    assert set(results.values()) == {"SUCCESS"}

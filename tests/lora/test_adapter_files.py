@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,13 +134,18 @@ def test_killed_anywhere_it_is_the_old_adapter_or_the_new_one(tmp_path, exists):
             (directory / "config").write_text("old")
         result = subprocess.run([sys.executable, "-c", KILLED, files.__file__, directory, str(n)], check=False)
         files.finish_writing(directory, ["weights", "config"])
-        assert names(directory.parent) in (["adapter"], [])
+        assert {*names(directory.parent)} <= {"adapter", ".adapter.saving"}
         if directory.exists():
             weights, config = (directory / "weights").read_text(), (directory / "config").read_text()
             assert weights == config
             outcomes.append(weights)
         else:
             outcomes.append(None)
+        files.write_directory(
+            directory, {name: lambda path: path.write_text("newer") for name in ("weights", "config")}
+        )
+        assert names(directory.parent) == ["adapter"]
+        assert {path.read_text() for path in directory.iterdir()} == {"newer"}
         if result.returncode == 0:
             break
         assert result.returncode == 9
@@ -165,3 +171,42 @@ def test_a_save_finishes_the_one_that_was_killed(tmp_path):
         files.write_directory(directory, {"weights": fail, "config": fail})
     assert (directory / "config").read_text() == "new"
     assert names(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_who_reads_meanwhile_disturbs_nothing(tmp_path, exists, monkeypatch):
+    """Before, between and after all steps of the writer; what it has decided a reader may complete."""
+    directory = tmp_path / "adapter"
+    if exists:
+        files.write_directory(directory, {name: lambda path: path.write_text("old") for name in ("weights", "config")})
+
+    def read(*_: object) -> None:
+        files.finish_writing(directory, ["weights", "config"])
+        if directory.exists():
+            assert len({path.read_text() for path in directory.iterdir()}) == 1
+
+    def write(path: Path) -> None:
+        read()
+        path.write_text("new")
+        read()
+
+    flush = files._flush
+    monkeypatch.setattr(files, "_flush", lambda path: (read(), flush(path), read()))
+    files.write_directory(directory, {"weights": write, "config": write})
+    assert names(tmp_path) == ["adapter"]
+    assert {path.read_text() for path in directory.iterdir()} == {"new"}
+
+
+def test_a_directory_that_vanishes_is_no_success(tmp_path):
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+
+    def write(path: Path) -> None:
+        path.write_text("new")
+        if path.name == "config":
+            shutil.rmtree(directory)
+
+    with pytest.raises(FileNotFoundError):
+        files._move(tmp_path / "nowhere", directory, ["weights"])
+    files.write_directory(directory, {"weights": write, "config": write})
+    assert names(directory) == ["config", "weights"]

@@ -188,7 +188,6 @@ void product_of_tiles(const Product& p, int64_t row_begin, int64_t row_end, int6
 void product(const Product& p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
              Scratch* scratch) {
   (p.tiles ? product_of_tiles : product_of_panels)(p, row_begin, row_end, column_begin, column_end, scratch);
-  _mm_sfence();  // what was streamed
 }
 
 int64_t scratch_bytes(int64_t rows) {

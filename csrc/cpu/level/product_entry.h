@@ -23,6 +23,7 @@ void product(const Product* p, int64_t row_begin, int64_t row_end, int64_t colum
   } else {
     product_of<false>(*p, row_begin, row_end, column_begin, column_end, (Scratch*)scratch);
   }
+  _mm_sfence();  // what was streamed
 }
 
 int64_t product_scratch_bytes(int64_t rows) {

@@ -206,6 +206,8 @@ def check_packed(codes: Tensor, scales: Tensor, in_features: int, block: int) ->
             "codes and scales are uint8 matrices, not "
             f"{codes.dtype} {tuple(codes.shape)} and {scales.dtype} {tuple(scales.shape)}"
         )
+    if in_features == 0:
+        raise ValueError("an int4 matrix has at least one column")
     blocks = math.ceil(in_features / block)
     if (
         codes.shape[1] != packed_columns(in_features)

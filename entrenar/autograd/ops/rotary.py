@@ -49,7 +49,8 @@ def rotary_embedding_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotary_embedding_fake(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
-    return torch.empty_like(x if x.stride(-1) == 1 else x.contiguous())
+    y = torch.empty_like(x if x.stride(-1) == 1 else x.contiguous())
+    return y if y.stride(-1) == 1 else y.contiguous()  # of elements that overlap it has other strides
 
 
 # With `transposed` the map from dy to dx. The result lies in memory as x does, if x's rows are contiguous.

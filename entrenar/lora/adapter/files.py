@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -29,13 +30,15 @@ def write_directory(directory: Path, writers: dict[str, Writer]) -> None:
 
     All are written to a directory beside it first, in the order of `writers`. If `directory` is there already, they
     are then renamed into it in the same order: from the first rename on the change is decided, and a process killed
-    halfway leaves the rest beside, for `finish_writing`.
+    halfway leaves the rest beside, for `finish_writing`. One process writes at a time, while others may read.
     """
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; an adapter is saved to a directory")
     names = list(writers)
     finish_writing(directory, names)
     beside = _beside(directory)
+    if beside.exists():  # of a process that was killed before its first rename
+        shutil.rmtree(beside)
     beside.mkdir(parents=True)
     try:
         for name, write in writers.items():
@@ -52,14 +55,12 @@ def write_directory(directory: Path, writers: dict[str, Writer]) -> None:
 
 
 def finish_writing(directory: Path, names: list[str]) -> None:
-    """Complete a `write_directory` that was killed between its renames, and clear away one that was killed before."""
+    """Complete a `write_directory` that was killed, or still is, between its renames; leave one before them alone."""
     beside = _beside(directory)
-    if not beside.exists():
-        return
-    if not (beside / names[0]).exists():
-        _move(beside, directory, [name for name in names if (beside / name).exists()])
-    else:
-        shutil.rmtree(beside)
+    first, *others = names
+    left = [name for name in others if (beside / name).exists()]
+    if left and not (beside / first).exists():
+        _move(beside, directory, left)
 
 
 def _beside(directory: Path) -> Path:
@@ -68,9 +69,14 @@ def _beside(directory: Path) -> Path:
 
 def _move(beside: Path, directory: Path, names: list[str]) -> None:
     for name in names:
-        os.replace(beside / name, directory / name)
+        try:
+            os.replace(beside / name, directory / name)
+        except FileNotFoundError:
+            if (beside / name).exists() or not (directory / name).exists():
+                raise  # it is not that another process completes the change at the same time
         _flush(directory)
-    beside.rmdir()
+    with contextlib.suppress(FileNotFoundError):
+        beside.rmdir()
 
 
 def _flush(path: Path) -> None:
