@@ -14,6 +14,9 @@
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
     __attribute__((weak));
 
+// Of the CUDA runtime, whose headers are for files that nvcc compiles.
+extern "C" const char* cudaGetErrorName(int error);
+
 namespace entrenar {
 
 #if defined(ENTRENAR_EMULATED)
@@ -36,7 +39,9 @@ class OnDevice {
 
   void* stream() const { return stream_; }
 
-  void check(int launched) const { STD_TORCH_CHECK(launched == 0, "the kernel was not launched: CUDA error ", launched); }
+  void check(int launched) const {
+    STD_TORCH_CHECK(launched == 0, "the kernel was not launched: ", cudaGetErrorName(launched));
+  }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;

@@ -1,6 +1,5 @@
 // int4_linear on CUDA: y = x Wᵀ + b, and its gradient dx = dy W.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <optional>
 

@@ -157,7 +157,7 @@ inline void load_scales(const Weight& w, int64_t row, int64_t rows, int64_t bloc
   for (int64_t r = 0; r < rows; r++, halves += blocks) {
     float* to = values + r * kSquare;
     if (count == kSquare) {
-      for (int i = 0; i < kSquare; i += kLanes) store(to + i, load_half(halves + i));
+      for (int i = 0; i < kSquare; i += kLanes) store(to + i, load_float16(halves + i));
     } else {
       for (int64_t i = 0; i < count; i++) to[i] = half_to_float(halves[i]);
     }

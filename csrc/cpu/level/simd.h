@@ -116,18 +116,6 @@ inline vfloat load_bfloat16(const uint16_t* from) {
   return (vfloat)(widen(load<vhalfword>(from)) << 16);
 }
 
-inline vfloat load_half(const uint16_t* from) {
-#if defined(__AVX512F__)
-  return (vfloat)_mm512_cvtph_ps((__m256i)load<vhalfword>(from));
-#elif defined(__F16C__)
-  return (vfloat)_mm256_cvtph_ps((__m128i)load<vhalfword>(from));
-#else
-  vfloat value;
-  for (int i = 0; i < kLanes; i++) value[i] = int4::half_to_float(from[i]);
-  return value;
-#endif
-}
-
 inline void store_bfloat16(uint16_t* to, vfloat value) {
 #if defined(__AVX512BF16__)
   constexpr int kSubnormal = 0x20;  // which the instruction would make zeros
