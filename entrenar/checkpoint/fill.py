@@ -40,15 +40,14 @@ def fill(model: nn.Module, stored: dict[str, StoredTensor], int4: dict[str, Any]
 
     `int4` holds the arguments of `Int4Linear.from_weight` for the linear layers, which are replaced as their weights
     are read; None leaves them dense. Raises ValueError for a tensor that is not finite, that is of another kind than
-    the model's, or that differs from the one it is tied to, and for a model without linear layers to quantize.
+    the model's, or that differs from the one it is tied to, and for a model whose linear layers to quantize hold less
+    than its stacked parameters.
     """
     slots = model.state_dict(keep_vars=True)
     aliases = _aliases(model)
     linears = {} if int4 is None else _linears(model, aliases)
-    if int4 is not None and not linears:
-        raise ValueError(
-            f"a {type(model).__name__} has no nn.Linear beside its head to quantize: load it with bits=None"
-        )
+    if int4 is not None:
+        _check_quantizable(model, linears)
     done: dict[int, Tensor] = {}
     for name, tensor in stored.items():
         if int4 is not None and name in linears:
@@ -118,6 +117,19 @@ def _linears(model: Any, aliases: dict[int, list[str]]) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module is not head and len(aliases[id(module.weight)]) == 1
     }
+
+
+def _check_quantizable(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    """Raise ValueError if there are no `linears`, or if they hold less than the stacked matrices of experts do."""
+    kind = type(model).__name__
+    if not linears:
+        raise ValueError(f"a {kind} has no nn.Linear beside its head to quantize: load it with bits=None")
+    stacks = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.ndim > 2}
+    if sum(stacks.values()) > sum(layer.weight.numel() for layer in linears.values()):
+        raise ValueError(
+            f"most weights of a {kind} are in parameters like {max(stacks, key=lambda name: stacks[name])} (experts), "
+            "which stay dense: load it with bits=None"
+        )
 
 
 def _check_finite(value: Tensor, name: str) -> None:

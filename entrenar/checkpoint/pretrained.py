@@ -45,8 +45,9 @@ def load_pretrained(
     Raises:
         FileNotFoundError: there is nothing at `path`.
         CheckpointError: (a ValueError) the files are damaged, their tensors are not the model's (all missing,
-            superfluous and misshapen ones are listed), a weight is not finite (its name and index are given), or there
-            is no nn.Linear to quantize.
+            superfluous and misshapen ones are listed), a weight is not finite (its name and index are given), a GGUF
+            file has hyper-parameters that are not read, or, for 4 bits, there is no nn.Linear to quantize, or most
+            weights are in stacked experts, which would stay dense.
         ModuleNotFoundError: transformers or gguf is not installed.
         ValueError: also for a device that torch does not have here.
     """
@@ -62,6 +63,7 @@ def load_pretrained(
     if getattr(checkpoint.config, "quantization_config", None) is not None:
         raise CheckpointError(f"{path} is already quantized (quantization_config); load the model it was made from")
 
+    generation = _generation_config(checkpoint.path)
     checkpoint.config.name_or_path = str(path)
     model = _empty_model(checkpoint.config, dtype)
     stored = checkpoint.tensors(model)
@@ -77,8 +79,8 @@ def load_pretrained(
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     compute_buffers(model, device)
-    if (checkpoint.path / "generation_config.json").is_file():
-        model.generation_config = require("transformers").GenerationConfig.from_pretrained(checkpoint.path)
+    if generation is not None:
+        model.generation_config = generation
     return model.eval()
 
 
@@ -104,6 +106,17 @@ def _open(path: Path) -> Checkpoint:
     raise CheckpointError(
         f"{path} is neither a directory nor a .gguf file; of a safetensors checkpoint, give the directory"
     )
+
+
+def _generation_config(directory: Path) -> Any:
+    """What the directory says about generation, or None."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return require("transformers").GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # of no JSON, of another thing than an object, and of values out of range
+        raise CheckpointError(f"{path} is no configuration of generation ({error}): mend it or remove it") from error
 
 
 def _empty_model(config: Any, dtype: torch.dtype) -> nn.Module:

@@ -49,7 +49,11 @@ class SafetensorsDirectory:
         """The stored tensors by the model's names, less those that its class declares to be leftovers."""
         leftover = _leftovers(model)
         named = _model_names(model, list(self._stored), self.path)
-        return {named[key]: stored for key, stored in self._stored.items() if not leftover(named[key])}
+        keys: dict[str, str] = {}
+        for key, name in named.items():
+            if not leftover(name) and keys.setdefault(name, key) != key:
+                raise CheckpointError(f"{self.path} stores {name} twice, as {keys[name]} and as {key}: remove one")
+        return {name: self._stored[key] for name, key in keys.items()}
 
 
 def _read_shards(directory: Path) -> dict[str, StoredTensor]:
@@ -69,7 +73,7 @@ def _read_shards(directory: Path) -> dict[str, StoredTensor]:
     try:
         shard_of: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
         shards = {shard: directory / shard for shard in sorted(set(shard_of.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not an index of shards: {error!r}") from error
     if lacking := [shard for shard, path in shards.items() if not path.is_file()]:
         raise CheckpointError(f"{index} names shards that are not there: {', '.join(lacking)}")
@@ -86,13 +90,14 @@ def _read_shards(directory: Path) -> dict[str, StoredTensor]:
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     try:
-        with safe_open(path, framework="pt"):  # checks the header against itself and against the file's length
-            pass
+        # safe_open checks the header against itself and against the file's length.
+        with path.open("rb") as file, safe_open(path, framework="pt"):
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated or corrupt ({error}); copy it again") from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     stored = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -259,6 +260,31 @@ def test_a_corrupt_header_is_an_error(saved, start):
         load_pretrained(path)
 
 
+def test_a_file_without_permission_is_no_missing_file(saved, monkeypatch):
+    _, path = saved()
+    opened = Path.open
+
+    def without_permission(self, *arguments, **options):
+        if self.name == "model.safetensors":
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", without_permission)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: .*Permission denied"):
+        load_pretrained(path)
+
+
+def test_a_tensor_stored_under_two_names_is_refused_with_both(damaged):
+    name = "layers.0.mlp.up_proj.weight"
+    path = damaged(lambda tensors: tensors.update({name: tensors[f"model.{name}"].clone()}))
+    with pytest.raises(CheckpointError) as caught:
+        load_pretrained(path)
+    message = str(caught.value)
+    assert f"stores model.{name} twice" in message
+    assert f"as {name} " in message or f"as {name}:" in message
+    assert f"as model.{name} " in message or f"as model.{name}:" in message
+
+
 def test_a_dtype_that_is_not_read_is_named(damaged):
     path = damaged(lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight has dtype F8_E4M3"):
@@ -351,6 +377,39 @@ def test_the_model_generates_as_its_generation_config_says(saved, tokens):
     model.generation_config.save_pretrained(path)
     ours = load_pretrained(path, bits=None, dtype=torch.float32)
     assert torch.equal(ours.generate(tokens, do_sample=False), model.generate(tokens, do_sample=False))
+
+
+@pytest.mark.parametrize("text", ["", "{not json", "[1]", '{"max_new_tokens": -5}'])
+def test_a_corrupt_generation_config_is_refused_before_a_weight_is_read(text, saved, monkeypatch):
+    _, path = saved()
+    (path / "generation_config.json").write_text(text)
+    monkeypatch.setattr("entrenar.checkpoint.pretrained.fill", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is no configuration of generation"):
+        load_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "stack"),
+    [
+        ("GraniteMoe", {"num_local_experts": 4, "num_experts_per_tok": 2}, "block_sparse_moe.experts.gate_up_proj"),
+        ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}, "mlp.experts.gate_up_proj"),
+    ],
+)
+def test_stacked_experts_are_refused_in_four_bits_and_load_dense(kind, options, stack, tmp_path, tokens):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**LLAMA, **options)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{stack} \(experts\), which stay dense: load it with bits=None"):
+        load_pretrained(tmp_path)
+    ours = load_pretrained(tmp_path, bits=None, dtype=torch.float32)
+    assert torch.equal(output(ours, tokens), output(model, tokens))
+
+
+def test_convolutions_beside_the_linear_layers_are_no_stacks(tmp_path):
+    model = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**LLAMA, layer_types=["full_attention", "conv"]))
+    model.save_pretrained(tmp_path)
+    assert load_pretrained(tmp_path).model.layers[1].conv.conv.weight.dtype == torch.bfloat16
 
 
 def test_tokenizer_of_a_directory_has_its_chat_template(tmp_path):
