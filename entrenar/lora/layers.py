@@ -91,7 +91,8 @@ class LoRALayer(nn.Module):
     """A frozen linear layer with a trainable low-rank adapter: y = base(x) + (alpha / rank) (x Aᵀ) Bᵀ.
 
     A starts Kaiming-uniform as in PEFT, drawn from torch's generator, and B at zero, so the first output is the base's.
-    Both are float32 parameters; they are used in x's dtype.
+    Both are float32 parameters; they are used in x's dtype. Models that read `weight` and `bias` instead of
+    calling the layer (Mamba, TransformerEncoderLayer's fast path) get the adapter too, but no dropout.
 
     Args:
         base: the frozen layer, an nn.Linear, an Int4Linear or any module with in_features and out_features; or a weight
@@ -100,6 +101,8 @@ class LoRALayer(nn.Module):
         rank: columns of B and rows of A.
         alpha: numerator of the scaling.
         dropout: probability with which an element of x is dropped on its way to A, in training only.
+
+    Raises ValueError, with the base as it was, for settings out of range and a base of other sizes or none.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class LoRALayer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_adapter(rank, alpha, dropout)
         if isinstance(base, Tensor):
             base = _linear_of(_as_matrix(base, d_out, d_in))
         sizes: tuple[Any, Any] = getattr(base, "out_features", None), getattr(base, "in_features", None)
@@ -120,11 +124,7 @@ class LoRALayer(nn.Module):
             raise ValueError(f"{type(base).__name__} has no in_features and out_features: LoRA needs a linear layer")
         if (d_out or sizes[0], d_in or sizes[1]) != sizes:
             raise ValueError(f"the base maps {sizes[1]} to {sizes[0]} features, not d_in={d_in} to d_out={d_out}")
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, not {rank}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), not {dropout}")
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.out_features, self.in_features = sizes
         self.rank = rank
         self.alpha = alpha
@@ -134,18 +134,35 @@ class LoRALayer(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        base.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in_features] to [..., out_features] of the same dtype."""
         _check_features(x, self.in_features)
         base = self.base
-        if isinstance(base, Int4Linear):
+        if isinstance(base, Int4Linear) and not has_hooks(base):
             lora_x = self.dropout(x) if self.drops() else None
             return int4_lora_linear(x, *_operands(self, base), block=base.block, lora_x=lora_x, int8=base.int8)
         y = base(x)
         x = self.dropout(autocast(x))
         u = F.linear(x, self.lora_A.to(x.dtype))
         return y + self.scaling * F.linear(u, self.lora_B.to(x.dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix that the layer multiplies by, W + (alpha / rank) B A, formed anew at each reading.
+
+        AttributeError where the base has no weight, as over int4.
+        """
+        weight: Any = self.base.weight
+        update: Tensor = self.scaling * self.lora_B @ self.lora_A
+        return weight + update.to(weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias; AttributeError where it has no such attribute."""
+        bias: Any = self.base.bias
+        return bias
 
     def drops(self) -> bool:
         """Whether elements of x are dropped now."""
@@ -186,6 +203,16 @@ class QLoRALayer(LoRALayer):
         elif not isinstance(base, Int4Linear):
             raise ValueError(f"{type(base).__name__} cannot be quantized: give an nn.Linear, an Int4Linear or a weight")
         super().__init__(base, d_out, d_in, rank=rank, alpha=alpha, dropout=dropout)
+
+
+def check_adapter(rank: int, alpha: float, dropout: float) -> None:
+    """Raise ValueError where an adapter cannot have these settings."""
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"rank must be at least 1 and a whole number, not {rank!r}")
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, not {alpha!r}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), not {dropout}")
 
 
 def apply_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
@@ -242,7 +269,7 @@ def _operands(layer: LoRALayer, base: Int4Linear) -> tuple[Tensor, Tensor, Tenso
 
 def _is_plain(layer: LoRALayer) -> bool:
     """Whether a call of the layer is its formula now, and nothing else."""
-    return not layer.drops() and not has_hooks(layer)
+    return not layer.drops() and not has_hooks(layer) and not has_hooks(layer.base)
 
 
 def _check_features(x: Tensor, in_features: int) -> None:

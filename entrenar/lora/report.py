@@ -15,7 +15,7 @@ from entrenar.lora.layers import Int4Linear, LoRALayer
 
 @dataclass
 class Kept:
-    """A matrix that stays as it was, and why."""
+    """A parameter that stays as it was, and why."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -28,7 +28,7 @@ class WrapReport:
 
     Attributes:
         adapted: the new LoRA layers by name.
-        kept: each matrix that was not quantized, with the reason.
+        kept: each parameter of two or more dimensions that was not quantized, with the reason.
         base_parameters: parameters of the model before, an int4 weight counted by its elements.
         bytes_before, bytes_after: bytes of all parameters and buffers.
         fusion: which modules were replaced by faster ones; None if that was not asked for.

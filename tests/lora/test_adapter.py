@@ -18,6 +18,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from entrenar.lora.adapter import adapter_fit, load_adapter, save_adapter
+from entrenar.lora.adapter.files import STAGED
 from entrenar.lora.adapter.peft_save import _target_modules
 from entrenar.lora.layers import Int4Linear, LoRALayer, QLoRALayer
 from entrenar.lora.wrap import wrap
@@ -324,10 +325,10 @@ def test_settings_that_say_nothing_of_the_result(tmp_path, setting):
 
 def test_loading_finishes_a_save_that_was_killed(tmp_path):
     directory = saved(tmp_path)
-    (tmp_path / ".adapter.saving").mkdir()
-    (directory / "adapter_config.json").rename(tmp_path / ".adapter.saving" / "adapter_config.json")
+    (directory / STAGED).mkdir()
+    (directory / "adapter_config.json").rename(directory / STAGED / "adapter_config.json")
     load_adapter(tiny(), directory)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+    assert sorted(path.name for path in directory.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_adapter_of_another_rank_or_scaling(tmp_path):

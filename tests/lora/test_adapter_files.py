@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,7 @@ def test_model_adapter_survives_a_full_disk(tmp_path):
     with disk_full_after(4096), pytest.raises(OSError, match=r"cannot write .*too large") as error:
         save_adapter(new, tmp_path / "adapter")
     assert error.value.errno == errno.EFBIG
-    assert names(tmp_path) == ["adapter"]
+    assert names(tmp_path / "adapter") == ["adapter_config.json", "adapter_model.safetensors"]
     assert same_adapter(load_adapter(read, tmp_path / "adapter"), old)
     with disk_full_after(4096), pytest.raises(OSError, match=r"cannot write .*too large"):
         save_adapter(new, tmp_path / "first")
@@ -157,12 +159,12 @@ def test_killed_anywhere_it_is_the_old_adapter_or_the_new_one(tmp_path, exists):
 
 def test_a_save_finishes_the_one_that_was_killed(tmp_path):
     """Killed between the two renames, then a second save fails: the first one's pair must be whole."""
-    directory, beside = tmp_path / "adapter", tmp_path / ".adapter.saving"
-    directory.mkdir()
-    beside.mkdir()
+    directory = tmp_path / "adapter"
+    staged = directory / files.STAGED
+    staged.mkdir(parents=True)
     (directory / "weights").write_text("new")
     (directory / "config").write_text("old")
-    (beside / "config").write_text("new")
+    (staged / "config").write_text("new")
 
     def fail(path: Path) -> None:
         raise OSError("no space left on device")
@@ -170,7 +172,7 @@ def test_a_save_finishes_the_one_that_was_killed(tmp_path):
     with pytest.raises(OSError, match="no space"):
         files.write_directory(directory, {"weights": fail, "config": fail})
     assert (directory / "config").read_text() == "new"
-    assert names(tmp_path) == ["adapter"]
+    assert names(directory) == ["config", "weights"]
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -183,7 +185,7 @@ def test_who_reads_meanwhile_disturbs_nothing(tmp_path, exists, monkeypatch):
     def read(*_: object) -> None:
         files.finish_writing(directory, ["weights", "config"])
         if directory.exists():
-            assert len({path.read_text() for path in directory.iterdir()}) == 1
+            assert len({(directory / name).read_text() for name in ("weights", "config")}) == 1
 
     def write(path: Path) -> None:
         read()
@@ -197,6 +199,52 @@ def test_who_reads_meanwhile_disturbs_nothing(tmp_path, exists, monkeypatch):
     assert {path.read_text() for path in directory.iterdir()} == {"new"}
 
 
+def test_files_are_staged_on_the_disk_of_the_directory(tmp_path):
+    """A link can point to another disk, and a mount point lies on another one than its parent."""
+    other = tmp_path / "disk"
+    (other / "adapter").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(other / "adapter")
+
+    def write(path: Path) -> None:
+        assert path.parent.parent.samefile(other / "adapter")
+        assert names(tmp_path) == ["disk", "link"]
+        path.write_text("new")
+
+    files.write_directory(tmp_path / "link", {"weights": write, "config": write})
+    assert names(other) == ["adapter"]
+    assert names(other / "adapter") == ["config", "weights"]
+
+
+def test_a_link_to_a_directory_that_is_still_missing_stays_one(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "adapter")
+    save_adapter(model := adapted(0), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert same_adapter(load_adapter(adapted(1), tmp_path / "disk" / "adapter"), model)
+
+
+def test_a_discarded_change_is_never_completed(tmp_path, monkeypatch):
+    """A write fails after the first file; a reader looks while the rest is removed."""
+    directory = tmp_path / "adapter"
+    files.write_directory(directory, {name: lambda path: path.write_text("old") for name in ("weights", "config")})
+
+    def fail(path: Path) -> None:
+        path.write_text("ne")
+        raise OSError("no space left on device")
+
+    def reading(remove: Callable[..., None]) -> Callable[..., None]:
+        def removed(*arguments: object, **options: object) -> None:
+            remove(*arguments, **options)
+            files.finish_writing(directory, ["weights", "config"])
+
+        return removed
+
+    monkeypatch.setattr(os, "unlink", reading(os.unlink))
+    with pytest.raises(OSError, match="no space"):
+        files.write_directory(directory, {"weights": lambda path: path.write_text("new"), "config": fail})
+    assert names(directory) == ["config", "weights"]
+    assert {path.read_text() for path in directory.iterdir()} == {"old"}
+
+
 def test_a_directory_that_vanishes_is_no_success(tmp_path):
     directory = tmp_path / "adapter"
     directory.mkdir()
@@ -208,5 +256,6 @@ def test_a_directory_that_vanishes_is_no_success(tmp_path):
 
     with pytest.raises(FileNotFoundError):
         files._move(tmp_path / "nowhere", directory, ["weights"])
-    files.write_directory(directory, {"weights": write, "config": write})
-    assert names(directory) == ["config", "weights"]
+    with pytest.raises(FileNotFoundError):
+        files.write_directory(directory, {"weights": write, "config": write})
+    assert names(tmp_path) == []

@@ -129,6 +129,38 @@ def test_chapters_constructor_takes_a_flat_weight():
     assert (layer.out_features, layer.in_features) == (3, 4)
 
 
+@DTYPES
+def test_weight_and_bias_are_those_that_the_layer_computes_with(dtype):
+    layer = trained(LoRALayer(nn.Linear(80, 24, dtype=dtype), rank=4, alpha=8))
+    x = torch.randn(5, 80, dtype=dtype)
+    assert layer.weight.dtype == dtype
+    assert layer.bias is layer.base.bias
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-4
+    torch.testing.assert_close(F.linear(x, layer.weight, layer.bias), layer(x), rtol=tolerance, atol=tolerance)
+
+
+def test_there_is_no_weight_over_int4():
+    layer = QLoRALayer(nn.Linear(80, 24), rank=4, alpha=8)
+    assert layer.bias is layer.base.bias
+    assert not hasattr(layer, "weight")
+
+
+@pytest.mark.parametrize("kind", [LoRALayer, QLoRALayer])
+def test_hooks_of_the_base_run(kind):
+    layer = trained(kind(nn.Linear(64, 24, bias=False), rank=4, alpha=8))
+    x = torch.randn(5, 64)
+    base, y = layer.base(x), layer(x)
+    layer.base.register_forward_hook(lambda _layer, _x, y: 2 * y)
+    torch.testing.assert_close(layer(x), y + base)
+
+
+def test_a_base_that_is_refused_stays_as_it_was():
+    base = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="rank must be"):
+        LoRALayer(base, rank=2.5, alpha=4)
+    assert base.weight.requires_grad
+
+
 def test_autocast_casts_inside():
     layer = trained(QLoRALayer(torch.randn(24, 80), rank=4, alpha=8))
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
@@ -220,7 +252,11 @@ def undecorated(layers):
 HOOKED = [hooked, hooked_before, hooked_backward, hooked_before_the_backward]
 
 
-@pytest.mark.parametrize("change", [None, *HOOKED, replaced, dropping, scaled, undecorated])
+def hooked_base(layers):
+    layers[1].base.register_forward_hook(lambda _layer, _x, y: 2 * y)
+
+
+@pytest.mark.parametrize("change", [None, *HOOKED, replaced, dropping, scaled, undecorated, hooked_base])
 def test_layers_are_applied_together_where_they_are_alike(change):
     layers = [QLoRALayer(torch.randn(n, 64), rank=4, alpha=8) for n in (16, 24)]
     for layer in layers:
@@ -241,7 +277,7 @@ def test_layers_applied_together_check_x():
         apply_together([QLoRALayer(torch.randn(16, 64), rank=4, alpha=8)], torch.randn(5, 63))
 
 
-@pytest.mark.parametrize("change", [None, *HOOKED, replaced, dropping, undecorated])
+@pytest.mark.parametrize("change", [None, *HOOKED, replaced, dropping, undecorated, hooked_base])
 def test_layer_after_swiglu_is_one_call_where_it_is_a_plain_adapter(change):
     layers = [QLoRALayer(torch.randn(16, 64), rank=4, alpha=8)] * 2
     nn.init.normal_(layers[1].lora_B)

@@ -37,6 +37,30 @@ def test_the_table_without_int4():
     assert "out       1      3 x 64   float32   not in int4: bits=None" in lines
 
 
+def test_every_matrix_is_listed():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up = nn.Parameter(torch.randn(4, 64, 64))
+            self.scale = nn.Parameter(torch.ones(4))
+
+    model = small()
+    model.update({"attention": nn.MultiheadAttention(64, 2), "lstm": nn.LSTM(64, 8), "experts": Experts()})
+    model.table = nn.Parameter(torch.randn(5, 3))
+    model["packed"] = Int4Linear.from_weight(torch.randn(64, 64))
+    report = wrap(model, rank=2, targets=["blocks.0", "blocks.1"])
+    assert {name: (kept.shape, kept.reason) for name, kept in report.kept.items()} == {
+        "table": ((5, 3), "ModuleDict"),
+        "embed": ((10, 64), "Embedding"),
+        "out": ((3, 64), "not a target"),
+        "attention.in_proj_weight": ((192, 64), "MultiheadAttention"),
+        "attention.out_proj": ((64, 64), "NonDynamicallyQuantizableLinear"),
+        "lstm.weight_ih_l0": ((32, 64), "LSTM"),
+        "lstm.weight_hh_l0": ((32, 8), "LSTM"),
+        "experts.gate_up": ((4, 64, 64), "Experts"),
+    }
+
+
 def test_int4_weights_count_by_their_elements():
     model = small()
     model["out"] = Int4Linear.from_weight(model["out"].weight)

@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from entrenar.lora import Int4Linear, LoRALayer, QLoRALayer, wrap
 
@@ -149,6 +158,75 @@ def test_layers_that_their_parent_reads_are_left_alone():
     assert report.kept["attention.out_proj"].reason == "NonDynamicallyQuantizableLinear"
 
 
+@pytest.mark.parametrize("bits", [4, None])
+def test_hooks_and_forwards_of_a_layer_still_run(bits):
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    x = torch.randn(2, 8)
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append("hook"))
+    forward = model[1].forward
+    model[1].forward = lambda x: 2 * forward(x)
+    expected = model[:2](x)
+    calls.clear()
+    report = wrap(model, rank=2, bits=bits)
+    assert torch.equal(model[:2](x), expected)
+    assert calls == ["hook"]
+    assert list(report.adapted) == ["0", "1", "2"]
+    assert {name: kept.reason for name, kept in report.kept.items()} == (
+        {name: "target, has hooks, or another forward" for name in "01"}
+        if bits
+        else {**dict.fromkeys("01", "bits=None, has hooks, or another forward"), "2": "bits=None"}
+    )
+
+
+def encoder_of_torch(kind: str) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True, dropout=0.0)
+    return nn.Sequential(layer) if kind == "layer" else nn.TransformerEncoder(layer, 2)
+
+
+@pytest.mark.parametrize("bits", [4, None])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", ["layer", "encoder", "encoder of padded sequences"])
+def test_torchs_fast_path_computes_the_adapters_too(kind, grad, bits):
+    model = encoder_of_torch(kind)
+    report = wrap(model, rank=2, bits=bits)
+    for layer in report.adapted.values():
+        nn.init.normal_(layer.lora_B)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    settings = {"src_key_padding_mask": padding} if "padded" in kind else {}
+    x = torch.randn(2, 5, 64)
+    with torch.set_grad_enabled(grad):
+        expected, found = (model.train(mode)(x, **settings) for mode in (True, False))
+    valid = ~padding if settings else slice(None)
+    torch.testing.assert_close(found[valid], expected[valid], rtol=1e-4, atol=1e-5)
+    reason = "target, read by TransformerEncoderLayer" if bits else "bits=None, read by TransformerEncoderLayer"
+    assert {report.kept[name].reason for name in report.adapted} == {reason}
+
+
+def test_models_that_read_the_weights_of_their_layers_run_and_train():
+    config = {"vocab_size": 100, "num_layers": 1, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4}
+    t5 = T5ForConditionalGeneration(T5Config(**config, decoder_start_token_id=0))
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=100, hidden_size=64, num_hidden_layers=1))
+    for model in (t5, mamba):
+        report = wrap(model, rank=2, bits=None)
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        assert all(layer.lora_B.grad.any() for layer in report.adapted.values())
+
+
+class Holder(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+
+@pytest.mark.parametrize(("holder", "name"), [(nn.DataParallel, "module.lm_head"), (Holder, "model.lm_head")])
+def test_the_head_of_a_model_inside_another_is_left_out(holder, name):
+    report = wrap(holder(llama()), rank=2)
+    assert len(report.adapted) == 14
+    assert report.kept[name].reason == "output head"
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "no_such"], "no_such", []])
 def test_target_that_matches_nothing_is_an_error_that_lists_what_exists(targets):
     model = llama()
@@ -165,6 +243,38 @@ def test_a_bad_weight_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\[3, 5\] is nan"):
         wrap(model)
     assert not any(isinstance(m, (LoRALayer, Int4Linear)) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("bits", [4, None])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 2.5}, "rank must be at least 1 and a whole number, not 2.5"),
+        ({"rank": True}, "rank must be at least 1 and a whole number, not True"),
+        ({"rank": 0}, "rank must be at least 1 and a whole number, not 0"),
+        ({"alpha": float("nan")}, "alpha must be a finite number, not nan"),
+        ({"alpha": float("inf")}, "alpha must be a finite number, not inf"),
+        ({"alpha": "8"}, "alpha must be a finite number, not '8'"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
+        ({"targets": "*_proj"}, r"targets: '\*_proj' is no regular expression: nothing to repeat"),
+    ],
+)
+def test_bad_settings_leave_the_model_as_it_was(settings, message, bits):
+    model = llama()
+    with pytest.raises(ValueError, match=message):
+        wrap(model, bits=bits, **settings)
+    assert not any(isinstance(m, (LoRALayer, Int4Linear)) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_bad_weight_behind_a_shared_one_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"2\[0, 0\] is nan"):
+        wrap(model)
     assert all(p.requires_grad for p in model.parameters())
 
 

@@ -71,3 +71,25 @@ def test_an_unknown_fit_is_refused(bits):
 def test_unknown_activations_are_refused():
     with pytest.raises(ValueError, match="activations must be 'int8' or None, not 'fp8'"):
         wrap(nn.Sequential(nn.Linear(64, 64)), activations="fp8")
+
+
+def test_int8_activations_without_an_int4_layer_are_refused():
+    model = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=r"activations='int8' rounds .* no target is one \(bits=None\)"):
+        wrap(model, bits=None, activations="int8")
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.requires_grad
+
+
+def test_int8_activations_of_layers_that_are_int4_already():
+    model = nn.Sequential(Int4Linear.from_weight(torch.randn(64, 64)))
+    wrap(model, rank=2, bits=None, activations="int8")
+    assert model[0].base.int8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_inputs_of_other_dtypes_are_refused_with_a_way_out(dtype):
+    model = nn.Sequential(nn.Linear(64, 64, dtype=dtype))
+    wrap(model, rank=2)
+    with pytest.raises(ValueError, match=r"call its \.bfloat16\(\) or \.float\(\) before it is wrapped"):
+        model(torch.randn(2, 64, dtype=dtype))

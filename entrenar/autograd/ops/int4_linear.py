@@ -70,7 +70,10 @@ def int8_rows_reference(x: Tensor, block: int) -> Tensor:
 def check_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, block: int) -> None:
     """Raise ValueError unless x can be multiplied by the int4 matrix."""
     if x.dim() == 0 or x.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"x must be [..., K] of float32 or bfloat16, not {tuple(x.shape)} of {x.dtype}")
+        raise ValueError(
+            f"x must be [..., K] of float32 or bfloat16, not {tuple(x.shape)} of {x.dtype}; "
+            "for a model in another dtype call its .bfloat16() or .float() before it is wrapped"
+        )
     check_packed(codes, scales, x.shape[-1], block)
     if bias is not None and bias.shape != codes.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, the weight {codes.shape[0]} rows")

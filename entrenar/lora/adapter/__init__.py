@@ -27,12 +27,12 @@ def save_adapter(model: nn.Module, path: StrPath) -> None:
         path: for a model, a directory, which gets PEFT's adapter_config.json and adapter_model.safetensors (other files
             in it stay); for a single layer, a file that ends in .json.
 
-    The files are written beside `path` and renamed, so an adapter that was there before survives a full disk or a kill.
+    The files are written under other names and renamed, so an adapter that was there survives a full disk or a kill.
 
     The weights' file also says how the scales of the model's 4-bit weights were found (`fit`), where they have one way.
 
     Raises ValueError for a model without LoRALayers, for a matrix with NaN or infinity (nothing is written), and for a
-    path that does not fit.
+    path that does not fit; OSError where it cannot be written.
     """
     path = Path(os.path.abspath(path))
     if isinstance(model, LoRALayer):
