@@ -93,3 +93,10 @@ def test_inputs_of_other_dtypes_are_refused_with_a_way_out(dtype):
     wrap(model, rank=2)
     with pytest.raises(ValueError, match=r"call its \.bfloat16\(\) or \.float\(\) before it is wrapped"):
         model(torch.randn(2, 64, dtype=dtype))
+
+
+def test_settings_are_checked_before_any_weight_is_quantized():
+    model = nn.Sequential(nn.Linear(64, 64))
+    nn.init.constant_(model[0].weight, torch.nan)
+    with pytest.raises(ValueError, match="rank must be"):
+        wrap(model, rank=0)
