@@ -100,7 +100,7 @@ class _Probes:
         x = torch.randn(INPUTS, 2, TOKENS, self._width(kind.of(original)), generator=generator, device="cpu")
         try:
             found = difference(original, kind.of, call, [*x.to(self.device, self.dtype)])
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except (RuntimeError, AttributeError, TypeError, ValueError, IndexError) as error:
             raise NotFusableError(f"cannot be compared: {error}") from error
         if found:
             raise NotFusableError(found)
@@ -114,7 +114,11 @@ class _Probes:
         if self.rotary is None:
             raise NotFusableError("belongs to a model without a rotary embedding, or with several")
         positions = torch.arange(TOKENS, device=x.device).unsqueeze(0)
-        return module(x, position_embeddings=self.rotary(x, position_ids=positions), attention_mask=None)[0]
+        results = module(x, position_embeddings=self.rotary(x, position_ids=positions), attention_mask=None)
+        if len(results) != 2:
+            raise NotFusableError(f"returns {len(results)} results, not two")
+        output: Tensor = results[0]
+        return output
 
 
 def _apply(module: nn.Module, x: Tensor) -> Tensor:

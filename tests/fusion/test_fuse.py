@@ -9,6 +9,7 @@ import torch
 from models import make
 from torch import nn
 from transformers import DataCollatorWithFlattening, StaticCache
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import entrenar.fusion.attention as fused_attention
 from entrenar import Tape, fuse, wrap
@@ -104,6 +105,47 @@ def test_a_mask_is_looked_at_where_it_says_more_than_causal(family, settings, lo
     torch.testing.assert_close(found, plain(ids(), use_cache=False).logits, rtol=1e-4, atol=1e-5)
     assert [mask is not None for mask in masks] == [looked_at] * len(masks)
     assert masks
+
+
+def by_keyword(model: nn.Module) -> dict[str, bool]:
+    return {"is_causal": False}
+
+
+def by_config(model: nn.Module) -> dict[str, bool]:
+    model.config.is_causal = False
+    return {}
+
+
+def by_attribute(model: nn.Module) -> dict[str, bool]:
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    return {}
+
+
+@pytest.mark.parametrize("tell", [by_keyword, by_config, by_attribute])
+def test_attention_sees_later_tokens_where_it_is_told_to(tell):
+    fused, plain, _ = twins()
+    causal = plain(ids()).logits
+    found, expected = (model(ids(), **tell(model)).logits for model in (fused, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - causal).norm() > 0.1 * causal.norm()
+
+
+def test_packed_sequences_may_see_their_later_tokens():
+    fused, plain, _ = twins()
+    positions = torch.cat([torch.arange(5), torch.arange(4)]).unsqueeze(0)
+    offsets = torch.tensor([0, 5, 9], device="cpu")
+    row = ids()[:1, :9]
+    found = fused(row, cu_seq_lens_q=offsets, position_ids=positions, is_causal=False, use_cache=False).logits
+    expected = torch.cat([plain(part, is_causal=False).logits for part in row.split([5, 4], 1)], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_of_attention_that_is_not_causal_is_looked_at():
+    fused, plain, _ = twins()
+    mask = torch.ones(1, 1, 18, 18, dtype=torch.bool).triu(-2).logical_and(torch.ones(18, 18).tril(2).bool())
+    found = fused(ids(), attention_mask=mask, mask_is_causal=True, is_causal=False, use_cache=False).logits
+    torch.testing.assert_close(found, plain(ids(), attention_mask=mask).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -225,7 +267,7 @@ def test_attention_to_packed_sequences_compiles_without_graph_breaks():
     offsets = torch.tensor([0, 5, 12], device="cpu")
 
     def attend(x):
-        return attention(x, position, cu_seq_lens_q=offsets)[0]
+        return attention(x, position_embeddings=position, cu_seq_lens_q=offsets)[0]
 
     y, expected = torch.compile(attend, fullgraph=True, backend="aot_eager")(x), attend(x)
     torch.testing.assert_close(y, expected)
@@ -268,8 +310,9 @@ def make_wrapped(**settings):
     return model
 
 
-def test_fusing_draws_no_random_numbers_and_leaves_gradients_and_modes_alone():
-    model = make()
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_fusing_draws_no_random_numbers_and_leaves_gradients_and_modes_alone(dropout):
+    model = make(attention_dropout=dropout)
     wrap(model, rank=4, fuse=False)
     model.train()
     before = torch.get_rng_state()
@@ -323,6 +366,35 @@ class StraightThrough(Doubling):
         return y.detach() + x - x.detach()
 
 
+class Limited(Doubling):
+    """The same for inputs of ordinary size."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=4.0) * self.up_proj(x))
+
+
+class Dropping(Doubling):
+    """The same in evaluation."""
+
+    def forward(self, x):
+        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(nn.functional.dropout(h, 0.1, self.training))
+
+
+class WithAPair(Doubling):
+    """One that returns more."""
+
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class WithAnotherInput(Doubling):
+    """One that is given more."""
+
+    def forward(self, x, residual=None):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
 class Broken(Doubling):
     """One that cannot be run."""
 
@@ -335,6 +407,10 @@ class Broken(Doubling):
     [
         (Doubling, "its output differs"),
         (StraightThrough, "its gradient of input differs"),
+        (Limited, "its output at 30 times an input differs"),
+        (Dropping, "computes something else in training"),
+        (WithAPair, "cannot be compared: 'tuple' object"),
+        (WithAnotherInput, "takes 2 inputs, not one"),
         (Broken, "cannot be compared: out of order"),
     ],
 )
@@ -345,6 +421,54 @@ def test_module_with_the_same_parts_and_another_formula_stays(other, reason):
     assert type(model.model.layers[1].mlp) is other
     assert reason in report.kept["model.layers.1.mlp"]
     assert report.fused["model.layers.0.mlp"] == "FusedMLP"
+
+
+def test_mlp_with_unknown_settings_stays():
+    model = make()
+    model.model.layers[0].mlp.limit = 10.0
+    assert fuse(model).kept == {"model.layers.0.mlp": "has the settings limit, whose effect is not known"}
+
+
+def test_mlp_and_norm_take_their_input_by_the_name_that_it_had():
+    fused, plain, _ = twins()
+    x = torch.randn(2, 64)
+    for name, key in (("mlp", "x"), ("input_layernorm", "hidden_states")):
+        found, expected = (getattr(model.model.layers[0], name)(**{key: x}) for model in (fused, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for module in (fused.model.norm, fused.model.layers[0].mlp):
+        with pytest.raises(TypeError, match=r"takes one input, not 1 by position and \['residual'\] by name"):
+            module(x, residual=x)
+        with pytest.raises(TypeError, match=r"takes one input, not 0 by position and \[\] by name"):
+            module()
+
+
+def test_attention_refuses_inputs_that_it_does_not_know():
+    fused, plain, _ = twins()
+    with pytest.raises(TypeError, match="does not know the effect of position_bias, softcap: wrap"):
+        fused(ids(), position_bias=torch.zeros(1, 4, 18, 18), softcap=30.0)
+    harmless = {"softcap": None, "token_type_ids": torch.zeros_like(ids()), "output_attentions": True}
+    torch.testing.assert_close(fused(ids(), **harmless).logits, plain(ids()).logits)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_attention_refuses_to_be_another_implementation(implementation):
+    fused, _, _ = twins()
+    layer, x = fused.model.layers[0], torch.randn(2, 6, 64)
+    position = fused.model.rotary_emb(x, torch.arange(6).unsqueeze(0))
+    fused.set_attn_implementation(implementation)
+    with pytest.raises(ValueError, match=rf"'sdpa' only, not '{implementation}': wrap\(..., fuse=False\)"):
+        layer(x, position_embeddings=position)
+
+
+def test_attention_is_set_by_the_names_of_the_originals_attributes():
+    fused, plain, _ = twins()
+    for model in (fused, plain):
+        for layer in model.model.layers:
+            sharp(layer.self_attn)
+            layer.self_attn.attention_dropout = 0.5
+    torch.testing.assert_close(fused(ids()).logits, plain(ids()).logits, rtol=1e-4, atol=1e-5)
+    fused.train()
+    assert not torch.equal(fused(ids()).logits, fused(ids()).logits)
 
 
 def sharp(attention: nn.Module) -> None:
@@ -393,6 +517,37 @@ def eager(attention: nn.Module) -> None:
     attention.config._attn_implementation_internal = "eager"
 
 
+def with_a_bidirectional_config(attention: nn.Module) -> None:
+    attention.config = copy.copy(attention.config)
+    attention.config.is_causal = False
+
+
+def with_clipping(attention: nn.Module) -> None:
+    attention.config = copy.copy(attention.config)
+    attention.config.clip_qkv = 8.0
+
+
+class NamesItsCacheOtherwise(LlamaAttention):
+    """As it was in earlier releases of transformers, whose decoder layers hand over a `past_key_value`."""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_value=None, **kwargs):
+        return super().forward(hidden_states, position_embeddings, attention_mask, past_key_value, **kwargs)
+
+
+class ReturnsItsCache(LlamaAttention):
+    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
+        results = super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        return (*results, past_key_values)
+
+
+def with_another_input(attention: nn.Module) -> None:
+    attention.__class__ = NamesItsCacheOtherwise
+
+
+def with_another_result(attention: nn.Module) -> None:
+    attention.__class__ = ReturnsItsCache
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -406,6 +561,13 @@ def eager(attention: nn.Module) -> None:
         (not_known_to_be_causal, "is not causal"),
         (without_a_config, "implementation 'sdpa'"),
         (without_a_scale, "has no scaling"),
+        (with_a_bidirectional_config, "is not causal"),
+        (with_clipping, "clips queries, keys and values"),
+        (
+            with_another_input,
+            "takes the inputs attention_mask, hidden_states, past_key_value, ",
+        ),
+        (with_another_result, "returns 3 results, not two"),
     ],
 )
 def test_attention_with_unknown_parts_stays(change, reason):
@@ -435,6 +597,23 @@ def test_norm_with_unknown_parts_stays(change):
     change(model.model.norm)
     report = fuse(model)
     assert report.kept == {"model.norm": "has other settings than a weight and an epsilon"}
+
+
+class EpsilonOutsideRMSNorm(nn.Module):
+    """The same where the epsilon is small beside the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(64)), 1e-6
+
+    def forward(self, x):
+        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
+
+
+def test_norm_that_differs_for_small_inputs_only_stays():
+    model = make()
+    model.model.norm = EpsilonOutsideRMSNorm()
+    assert "its output at 0.01 times an input differs" in fuse(model).kept["model.norm"]
 
 
 def test_torchs_silu_is_known():

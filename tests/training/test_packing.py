@@ -163,7 +163,7 @@ def test_a_fused_model_packs_in_either_mode_and_is_left_in_it() -> None:
 
 
 def with_dropout(model: nn.Module) -> None:
-    model.model.layers[1].self_attn.dropout = 0.1
+    model.model.layers[1].self_attn.attention_dropout = 0.1
 
 
 def with_a_window(model: nn.Module) -> None:
