@@ -24,10 +24,11 @@ HEAD_NORMS = ("q_norm", "k_norm")
 INPUTS = {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"}
 # What the class may have set beside what is used here, without any effect on the output.
 HARMLESS = {"num_key_value_groups", "layer_type"}
-# What transformers and its collators hand to every layer, and sdpa attention does not look at.
+# What transformers, its collators and its losses let reach every layer, and sdpa attention does not look at.
 HARMLESS_INPUTS = {
     "cache_position",
     "cu_seq_lens_k",
+    "ignore_index",
     "max_length_k",
     "max_length_q",
     "num_items_in_batch",
@@ -36,6 +37,7 @@ HARMLESS_INPUTS = {
     "output_router_logits",
     "position_ids",
     "seq_idx",
+    "shift_labels",
     "token_type_ids",
     "use_cache",
 }
@@ -128,7 +130,7 @@ class FusedAttention(nn.Module):
                 `is_causal` lets it see, and the mask is not looked at.
             mask_is_causal: the mask says that each token sees the earlier ones of its row, and nothing else: it is not
                 looked at, unless a window is shorter than the rows, or there is a cache, or `is_causal` is false.
-            others: what transformers hands to every layer, without any effect here.
+            others: what transformers lets reach every layer, without any effect here (`HARMLESS_INPUTS`).
 
         Raises ValueError for packed sequences that `packs` says are not taken, and where the config asks for another
         implementation than 'sdpa'; TypeError for inputs whose effect is not known.

@@ -443,11 +443,20 @@ def test_mlp_and_norm_take_their_input_by_the_name_that_it_had():
 
 
 def test_attention_refuses_inputs_that_it_does_not_know():
-    fused, plain, _ = twins()
+    fused, _, _ = twins()
     with pytest.raises(TypeError, match="does not know the effect of position_bias, softcap: wrap"):
         fused(ids(), position_bias=torch.zeros(1, 4, 18, 18), softcap=30.0)
-    harmless = {"softcap": None, "token_type_ids": torch.zeros_like(ids()), "output_attentions": True}
-    torch.testing.assert_close(fused(ids(), **harmless).logits, plain(ids()).logits)
+
+
+def test_attention_takes_what_a_model_hands_through_to_its_layers():
+    fused, plain, _ = twins()
+    inputs = {
+        "softcap": None, "token_type_ids": torch.zeros_like(ids()), "output_attentions": True, "return_dict": True,
+        "labels": ids(), "shift_labels": ids(), "ignore_index": -1, "num_items_in_batch": torch.tensor(40),
+    }  # fmt: skip
+    found, expected = fused(ids(), **inputs), plain(ids(), **inputs)
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.loss, expected.loss)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
