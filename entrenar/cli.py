@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from entrenar.checkpoint import load_pretrained, load_tokenizer
 from entrenar.checkpoint.pretrained import available_device
 from entrenar.fusion import fuse
 from entrenar.lora.adapter import adapter_fit, load_adapter
+from entrenar.lora.layers import check_adapter
 from entrenar.lora.wrap import wrap
 from entrenar.malloc import keep_freed_memory
 from entrenar.training import (
@@ -27,6 +28,7 @@ from entrenar.training import (
     read_records,
     split_heldout,
 )
+from entrenar.training.folder import check_folder
 
 try:
     import typer
@@ -72,7 +74,7 @@ def _finetune(
     alpha: Annotated[float, typer.Option(help="Numerator of their scaling, alpha / rank.")] = 32,
     dropout: Annotated[float, typer.Option(help="Dropout on the adapters' input.")] = 0.0,
     activations: Annotated[
-        str | None, typer.Option(help="int8: round the layers' inputs, which is faster with AVX-512 VNNI.")
+        Literal["int8"] | None, typer.Option(help="int8: round the layers' inputs, which is faster with AVX-512 VNNI.")
     ] = None,
     fit: Annotated[Fit, typer.Option(help="How the 4-bit weights' scales are found: mse errs less.")] = "absmax",
     max_length: Annotated[int, typer.Option(help="Tokens at which an example is cut.")] = 1024,
@@ -108,7 +110,9 @@ def _finetune(
         recompute=recompute,
         optimizer=optimizer,
     )
-    # The data comes first: a mistake in it shows before minutes go into loading a large model.
+    # These and the data come first: a mistake shows before minutes go into loading a large model.
+    check_folder(out, resume)
+    check_adapter(rank, alpha, dropout)
     tokenizer = load_tokenizer(model)
     with TerminalWatcher(Console(soft_wrap=True)) as watcher:
         train = _examples(data, tokenizer, max_length, watcher)

@@ -47,5 +47,11 @@ class FinetuneConfig:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be a positive number, not {self.lr}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be a finite number, 0 or more, not {self.weight_decay}")
+        if not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be greater than 0, not {self.clip_norm}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number of 64 bits, not {self.seed}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of the steps, at least 0 and below 1, not {self.warmup}")

@@ -61,6 +61,8 @@ def _parse_line(where: str, line: bytes) -> Record:
         item = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands of others
+        raise DataError(f"{where}: JSON that cannot be read ({error})") from error
     if not isinstance(item, dict):
         raise DataError(f"{where}: a line must be a JSON object with {FORMS}, not {_kind(item)}")
     if "messages" in item:

@@ -21,6 +21,7 @@ from entrenar.optim.schedulers import CosineScheduler
 from entrenar.training.batches import Example, collate, pack
 from entrenar.training.config import OPTIMIZERS, FinetuneConfig
 from entrenar.training.evaluate import heldout_loss, sample_answers
+from entrenar.training.folder import CHECKPOINT, REPORT, check_folder, only_run_in
 from entrenar.training.interrupt import Interrupted, stop_between_steps
 from entrenar.training.loss import causal_lm_loss
 from entrenar.training.metrics import (
@@ -34,7 +35,6 @@ from entrenar.training.metrics import (
 from entrenar.training.packing import packs
 from entrenar.training.plan import Plan
 from entrenar.training.resume import (
-    ResumeError,
     RunState,
     fingerprint,
     load_checkpoint,
@@ -42,9 +42,6 @@ from entrenar.training.resume import (
     trainable_parameters,
 )
 from entrenar.training.watcher import Nobody, Watcher
-
-CHECKPOINT = "checkpoint.safetensors"
-REPORT = "report.json"
 
 
 class TrainingError(RuntimeError):
@@ -71,15 +68,31 @@ def finetune(
     does not. Ctrl-C finishes the step, saves a checkpoint and raises Interrupted. The held-out loss is measured before
     and after each quarter of the run. torch's random generators are seeded with `config.seed`.
 
-    Raises ResumeError if `out` holds a run and `resume` is false, or if it holds none, a finished or a different one
-    and `resume` is true; TrainingError for a non-finite loss or gradient, and for adapters that get no gradient at
-    the first step; ValueError for a model without adapters or without data; OSError where files cannot be written. A
-    step whose loss or gradient is not finite changes no adapter.
+    Raises ResumeError if `out` holds a run and `resume` is false, if it holds none, a finished or a different one and
+    `resume` is true, and if another run is writing there; TrainingError for a loss or gradient that is not finite, and
+    for adapters that get no gradient at the first step; ValueError for a model without adapters, without data, and for
+    examples without labels; OSError where files cannot be written. A step whose loss or gradient is not finite changes
+    no adapter.
     """
     out, watcher = Path(out), watcher or Nobody()
     parameters = _check(model, train, heldout)
-    _check_folder(out, resume)
+    check_folder(out, resume)
     out.mkdir(parents=True, exist_ok=True)
+    with only_run_in(out):
+        return _run(model, tokenizer, train, heldout, config, out, parameters, resume, watcher)
+
+
+def _run(
+    model: nn.Module,
+    tokenizer: Any,
+    train: Sequence[Example],
+    heldout: Sequence[Example],
+    config: FinetuneConfig,
+    out: Path,
+    parameters: dict[str, nn.Parameter],
+    resume: bool,
+    watcher: Watcher,
+) -> dict[str, Any]:
     device = next(iter(parameters.values())).device
     torch.manual_seed(config.seed)
     optimizer = OPTIMIZERS[config.optimizer](
@@ -119,9 +132,13 @@ def finetune(
                 peak_memory_bytes=max(state.peak_memory_bytes, peak_memory_bytes(device)),
                 heldout_loss=heldout_loss(model, heldout, config.batch_size) if plan.is_milestone(step) else None,
             )
+            if row.heldout_loss is not None and not math.isfinite(row.heldout_loss):
+                raise TrainingError(_diverged(f"the held-out loss is {row.heldout_loss}", lr, step))
             _count(state, row)
             log.write(row)
             watcher.step(row, plan.total_steps)
+            if row.heldout_loss is not None:
+                watcher.say(f"held-out loss after {step} of {plan.total_steps} steps: {row.heldout_loss:.4f}")
             last, stop = step == plan.total_steps, stopping()
             if last or stop or step % config.checkpoint_every == 0:
                 save_checkpoint(out / CHECKPOINT, model, optimizer, state, identity)
@@ -155,17 +172,12 @@ def _check(model: nn.Module, train: Sequence[Example], heldout: Sequence[Example
         raise ValueError(
             f"there are {len(train)} examples to train on and {len(heldout)} held out; both need at least one"
         )
+    if bare := sum(example.targets == 0 for example in (*train, *heldout)):
+        raise ValueError(f"{bare} examples have no labelled tokens: leave them out")
     parameters = trainable_parameters(model)
-    if not parameters:
-        raise ValueError("nothing in this model trains; wrap it first: entrenar.wrap(model)")
+    if not parameters or not any(isinstance(module, LoRALayer) for module in model.modules()):
+        raise ValueError("this model has no adapters that train; wrap it first: entrenar.wrap(model)")
     return parameters
-
-
-def _check_folder(out: Path, resume: bool) -> None:
-    if (out / REPORT).exists():
-        raise ResumeError(f"the run in {out} is finished; choose another folder, or delete this one to start over")
-    if not resume and (out / CHECKPOINT).exists():
-        raise ResumeError(f"{out} holds an unfinished run; resume it, or delete the folder to start over")
 
 
 def _train_step(
@@ -196,7 +208,7 @@ def _train_step(
     loss, grad_norm = torch.stack([total, norm]).tolist()
     if not math.isfinite(loss):
         raise TrainingError(_diverged(f"the loss is {loss}", lr, step))
-    if step == 1:
+    if step == 1 and any(len(example.input_ids) > 2 for batch in batches for example in batch):
         _check_every_adapter_learns(model)
     if not math.isfinite(grad_norm):
         why = why_not_finite(parameters.items())
@@ -210,7 +222,10 @@ def _diverged(what: str, lr: float, step: int) -> str:
 
 
 def _check_every_adapter_learns(model: nn.Module) -> None:
-    """At the first step B is zero, so A has no gradient yet, but B must: one without is cut off from the loss."""
+    """At the first step B is zero, so A has no gradient yet, but B must: one without is cut off from the loss.
+
+    Of two tokens only the first is followed by a label, and it attends to itself alone, whatever queries and keys are.
+    """
     idle = [
         name
         for name, layer in model.named_modules()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from entrenar.lora.adapter.files import write_file
-from entrenar.lora.layers import LoRALayer, common_fit
+from entrenar.lora.layers import Int4Linear, LoRALayer, common_fit
 from entrenar.training.batches import Example
 
 HEADER = "entrenar.run"
@@ -56,6 +56,7 @@ def fingerprint(
         **config,
         **adapters,
         "fit": common_fit(model),
+        "activations": "int8" if any(isinstance(m, Int4Linear) and m.int8 for m in model.modules()) else None,
         "base model": _digest(frozen),
         "training data": _digest(_tensors(train)),
         "held-out data": _digest(_tensors(heldout)),
@@ -100,6 +101,12 @@ def save_checkpoint(
         raise OSError(f"cannot write the checkpoint of step {state.step} to {path}: {error}; {kept}") from error
 
 
+def require_checkpoint(path: Path) -> None:
+    """Raise ResumeError where there is none."""
+    if not path.exists():
+        raise ResumeError(f"{path.parent} holds no checkpoint to resume from; start without resuming")
+
+
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]
 ) -> RunState:
@@ -109,8 +116,7 @@ def load_checkpoint(
     threads, and on a GPU under torch.use_deterministic_algorithms. Raises ResumeError for a file that is missing or
     damaged, and for one made with another model, other data or another configuration, saying which.
     """
-    if not path.exists():
-        raise ResumeError(f"{path.parent} holds no checkpoint to resume from; start without resuming")
+    require_checkpoint(path)
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[HEADER])

@@ -59,17 +59,16 @@ class TerminalWatcher:
 def progress_line(row: StepMetrics, total_steps: int, seconds_per_step: float) -> str:
     """Return a step's figures as one line of text."""
     minutes, seconds = divmod(round((total_steps - row.step) * seconds_per_step), 60)
-    parts = [
-        f"step {row.step}/{total_steps}",
-        f"loss {row.loss:.3f}",
-        f"lr {row.lr:.1e}",
-        f"{row.tokens_per_second:.0f} tokens/s",
-        f"ETA {minutes}:{seconds:02d}",
-        f"peak {row.peak_memory_bytes / 2**30:.2f} GiB",
-    ]
-    if row.heldout_loss is not None:
-        parts.append(f"held-out loss {row.heldout_loss:.3f}")
-    return "  ".join(parts)
+    return "  ".join(
+        [
+            f"step {row.step}/{total_steps}",
+            f"loss {row.loss:.3f}",
+            f"lr {row.lr:.1e}",
+            f"{row.tokens_per_second:.0f} tokens/s",
+            f"ETA {minutes}:{seconds:02d}",
+            f"peak {row.peak_memory_bytes / 2**30:.2f} GiB",
+        ]
+    )
 
 
 def describe_report(report: dict[str, Any], out: Path) -> str:

@@ -410,6 +410,8 @@ def test_damaged_and_missing_files(tmp_path):
     untouched(tiny(), directory, "is not whole JSON")
     with pytest.raises(FileNotFoundError, match=r"nowhere.adapter_config\.json"):
         load_adapter(tiny(), tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder; an adapter is one"):
+        adapter_fit(tmp_path / "nowhere")
     config.write_text(json.dumps({"peft_type": "LORA"}))
     (directory / "adapter_model.safetensors").unlink()
     for read in (lambda: load_adapter(tiny(), directory), lambda: adapter_fit(directory)):

@@ -70,7 +70,9 @@ def test_finetune_then_generate(
     output, _ = result(entrenar("finetune", *arguments))
     assert "23 examples to train on, 1 held out" in output
     assert "step 9/9" in output
-    assert re.search(r"loss [\d.]+  lr [\d.e-]+  \d+ tokens/s  ETA 0:00  peak [\d.]+ GiB  held-out loss", output)
+    assert re.search(r"loss [\d.]+  lr [\d.e-]+  \d+ tokens/s  ETA 0:00  peak [\d.]+ GiB", output)
+    for step in (3, 5, 7, 9):
+        assert re.search(rf"held-out loss after {step} of 9 steps: [\d.]+", output)
     report = json.loads((out / "report.json").read_text())
     assert f"held-out loss {report['heldout_loss_before']:.4f} -> {report['heldout_loss_after']:.4f}" in output
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["r"] == 4
@@ -201,3 +203,23 @@ def test_what_is_missing_is_one_line(
     assert "lr must be a positive number" in complaint(
         monkeypatch, capsys, *run, data, "--model", checkpoint, "--lr", 0
     )
+
+
+def test_mistakes_show_before_anything_is_loaded(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ("finetune", "--data", data, "--model", tmp_path / "nowhere")
+    finished, file = tmp_path / "finished", tmp_path / "file"
+    finished.mkdir()
+    (finished / "report.json").write_text("{}")
+    file.write_text("")
+    for words, message in (
+        (("--out", finished), "is finished; choose another folder"),
+        (("--out", file), "is a file; a run needs a folder"),
+        (("--out", tmp_path / "new", "--resume"), "holds no checkpoint to resume from"),
+        (("--out", tmp_path / "new", "--rank", 0), "rank must be at least 1"),
+        (("--out", tmp_path / "new", "--dropout", 1), "dropout must be in [0, 1)"),
+        (("--out", tmp_path / "new", "--clip-norm", 0), "clip_norm must be greater than 0"),
+    ):
+        assert message in complaint(monkeypatch, capsys, *run, *words)
+    assert not (tmp_path / "new").exists()

@@ -78,6 +78,14 @@ def test_a_bad_line_is_named(tmp_path: Path, line: object, complaint: str) -> No
         read_records(path)
 
 
+@pytest.mark.parametrize("line", ['{"text": ' + "1" * 5000 + "}", "[" * 100_000], ids=["digits", "brackets"])
+def test_json_beyond_what_python_reads_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError, match=r"data\.jsonl:2: JSON that cannot be read"):
+        read_records(path)
+
+
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n')

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from entrenar.training.batches import Example, collate
 from entrenar.training.config import FinetuneConfig
 from entrenar.training.encode import encode
 from entrenar.training.evaluate import heldout_loss
+from entrenar.training.folder import only_run_in
 from entrenar.training.loop import TrainingError, finetune
 from entrenar.training.loss import causal_lm_loss
 from entrenar.training.metrics import StepMetrics, running_mean
@@ -279,3 +281,77 @@ def test_another_optimizer_learns_too(tmp_path: Path, name: str, lr: float) -> N
 def test_an_unknown_optimizer_is_refused() -> None:
     with pytest.raises(ValueError, match="optimizer must be one of adamw, adamw8bit, lion, not 'adam8'"):
         FinetuneConfig(optimizer="adam8")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"clip_norm": 0.0}, "clip_norm must be greater than 0, not 0.0"),
+        ({"clip_norm": math.nan}, "clip_norm must be greater than 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be a finite number, 0 or more, not -1.0"),
+        ({"weight_decay": math.inf}, "weight_decay must be a finite number"),
+        ({"seed": 2**63}, "seed must be a whole number of 64 bits"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**setting)
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    """As where the last step went too far, and no other follows to notice."""
+    with pytest.raises(TrainingError, match="step 1: the held-out loss is nan"):
+        run(tmp_path, max_steps=1, lr=1e5, weight_decay=1e30)
+    assert not (tmp_path / "report.json").exists()
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_held_out_losses_are_remarks(tmp_path: Path) -> None:
+    report, _, watcher = run(tmp_path, max_steps=4)
+    said = [remark for remark in watcher.remarks if remark.startswith("held-out loss after")]
+    assert said[-1] == f"held-out loss after 4 of 4 steps: {report['heldout_loss_after']:.4f}"
+    assert len(said) == 4
+
+
+def test_queries_and_keys_need_no_gradient_where_nobody_has_a_choice(tmp_path: Path) -> None:
+    """Of two tokens the one with a label attends to itself alone."""
+    pairs = [Example(torch.tensor([5, 6]), torch.tensor([-100, 6]))] * 3
+    config = FinetuneConfig(max_steps=1)
+    finetune(add_adapters(make_model()), TOKENIZER, pairs, HELDOUT, config, tmp_path / "pairs")
+    with pytest.raises(TrainingError, match="no gradient"):
+        run(tmp_path / "longer", _detached())
+
+
+def _detached() -> nn.Module:
+    model = add_adapters(make_model())
+    model.model.layers[0].mlp.up_proj = Detached(model.model.layers[0].mlp.up_proj)
+    return model
+
+
+def test_a_model_without_adapters_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    model = make_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="no adapters that train; wrap it first"):
+        run(tmp_path / "run", model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not (tmp_path / "run").exists()
+
+
+def test_examples_without_labels_are_refused(tmp_path: Path) -> None:
+    bare = Example(torch.tensor([5, 6, 7]), torch.tensor([-100, -100, -100]))
+    for train, heldout in (([*TRAIN, bare], HELDOUT), (TRAIN, [bare])):
+        with pytest.raises(ValueError, match="1 examples have no labelled tokens"):
+            finetune(add_adapters(make_model()), TOKENIZER, train, heldout, FinetuneConfig(), tmp_path)
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    with only_run_in(tmp_path), pytest.raises(ResumeError, match="another run is writing to"):
+        run(tmp_path, max_steps=1)
+    assert os.listdir(tmp_path) == []
+    run(tmp_path, max_steps=1)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file; a run needs a folder"):
+        run(tmp_path / "file")

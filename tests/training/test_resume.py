@@ -21,7 +21,8 @@ from tiny import add_adapters, make_model, make_tokenizer
 from entrenar.lora.wrap import wrap
 from entrenar.optim.adamw import AdamW
 from entrenar.training.encode import encode
-from entrenar.training.loop import CHECKPOINT, finetune
+from entrenar.training.folder import CHECKPOINT
+from entrenar.training.loop import finetune
 from entrenar.training.resume import ResumeError, RunState, fingerprint, load_checkpoint, save_checkpoint
 
 PROGRAM = Path(__file__).with_name("run_tiny.py")
@@ -177,6 +178,19 @@ def test_a_base_of_another_fit_is_another_run() -> None:
     assert [name for name in found[0] if found[0][name] != found[1][name]] == ["fit", "base model"]
     assert [each["fit"] for each in found] == ["absmax", "mse", "mse"]
     assert found[1] == found[2]
+
+
+def test_rounded_activations_are_another_run() -> None:
+    train, heldout = (encode(records(*size), make_tokenizer()).examples for size in ((3,), (2, 100)))
+    found = []
+    for activations in (None, "int8"):
+        torch.manual_seed(0)
+        model = make_model()
+        wrap(model, activations=activations)
+        found.append(fingerprint(model, train, heldout, {}))
+    assert [(name, found[1][name]) for name in found[0] if found[0][name] != found[1][name]] == [
+        ("activations", "int8")
+    ]
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

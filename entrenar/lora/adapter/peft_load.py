@@ -171,6 +171,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
 def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of an adapter, by name, and their metadata."""
     path = directory / WEIGHTS
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is no folder; an adapter is one, with {WEIGHTS} in it")
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; an adapter in another format must be saved as safetensors first")
     try:
