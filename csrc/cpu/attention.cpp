@@ -15,7 +15,7 @@ namespace {
 void forward_single(const Problem& p, const Output& o, float* lse) {
   const bool together = p.batch * p.groups >= static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t heads = together ? p.heads_per_group() : 1;
-  for_each(items_of(p, [&](const Sequence&) { return p.heads_per_group() / heads; }),
+  for_each(items_of(p, [&](const Sequence& s) { return s.queries * p.heads_per_group() / heads; }),
            [&](const Item& item, const Item*) {
              static thread_local Workspace workspace;
              const int64_t batch = item.sequence->batch, head = item.group * p.heads_per_group() + item.index * heads;
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> forward(const Problem& p, const Tensor& q) {
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
     return {o, lse};
   }
-  if (p.queries == 1 && !p.kind.causal) {
+  if (p.queries == 1 && p.heads > 0 && !p.kind.causal) {
     forward_single(p, output(o), lse.mutable_data_ptr<float>());
     return {o, lse};
   }

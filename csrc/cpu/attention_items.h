@@ -44,7 +44,7 @@ Input input(const Tensor& x, const char* name, Dtype dtype, int64_t batch, int64
   STD_TORCH_CHECK(dtype_of(x, name) == dtype, name, " must have the dtype of q");
   STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == batch && x.size(1) == heads && x.size(2) == rows && x.size(3) == columns,
                   name, " must be [", batch, ", ", heads, ", ", rows, ", ", columns, "]");
-  STD_TORCH_CHECK(columns <= 1 || x.stride(3) == 1, name, " must have contiguous columns");
+  STD_TORCH_CHECK(columns <= 1 || x.stride(3) == 1 || x.numel() == 0, name, " must have contiguous columns");
   return heads_of<Input>(x, x.const_data_ptr());
 }
 

@@ -78,13 +78,15 @@ class Mask {
   }
 
   static uint64_t word_of(const uint8_t* booleans, int64_t count) {
+    constexpr uint64_t kOnes = 0x0101010101010101, kSevens = 0x7f * kOnes;
     // Moves the lowest bit of each of eight bytes to the highest byte, none of them to the place of another.
     constexpr uint64_t kGather = 0x0102040810204080;
     uint64_t word = 0;
     for (int64_t i = 0; i < count; i += 8) {
       uint64_t bytes = 0;
       std::memcpy(&bytes, booleans + i, std::min<int64_t>(8, count - i));
-      word |= bytes * kGather >> 56 << i;
+      const uint64_t ones = (((bytes & kSevens) + kSevens) | bytes) >> 7 & kOnes;  // for all bytes but 0
+      word |= ones * kGather >> 56 << i;
     }
     return word;
   }

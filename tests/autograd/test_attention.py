@@ -596,3 +596,10 @@ def test_masked_attention_of_shared_keys_compiles():
         return attention(q, k, k, mask, enable_gqa=True)
 
     torch.testing.assert_close(torch.compile(attend)(q, k, mask), attend(q, k, mask))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 8), (2, 0, 5, 8), (2, 2, 0, 8)], ids=str)
+def test_the_gradient_of_an_empty_sum(shape, backend):
+    args = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    attention(*args).sum().backward()
+    assert all(x.grad.shape == shape for x in args)

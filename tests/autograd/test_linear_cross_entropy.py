@@ -411,3 +411,21 @@ def test_logits_are_freed_at_once_without_the_garbage_collector():
         head_cross_entropy(head, x.requires_grad_(), target, CLASSES)
         gc.enable()
         assert [ref() for ref in logits] == [None]
+
+
+def test_a_hook_of_a_parameter_gets_the_whole_gradient_once(chunk_bytes):
+    x, target = torch.randn(50, WIDTH), torch.randint(20, (50,))
+    gradients = []
+    for loss in (head_cross_entropy, head_cross_entropy_reference):
+        head = nn.Sequential(nn.Linear(WIDTH, 20))
+        with torch.no_grad():
+            head[0].weight.copy_(torch.linspace(-1, 1, 20 * WIDTH).view(20, WIDTH))
+            head[0].bias.zero_()
+        seen = []
+        head[0].weight.register_hook(lambda gradient, seen=seen: seen.append(gradient) or 2 * gradient)
+        y = loss(head, x, target, 20) if loss is head_cross_entropy else loss(head, x, target)
+        assert not seen
+        y.backward()
+        assert len(seen) == 1
+        gradients.append(head[0].weight.grad)
+    torch.testing.assert_close(*gradients)

@@ -123,3 +123,36 @@ def test_losses_are_float32_under_autocast():
     for loss in losses:
         assert loss.dtype == torch.float32
         assert torch.autograd.grad(loss, x)[0].dtype == torch.bfloat16
+
+
+@REDUCTION
+@pytest.mark.parametrize(
+    ("input", "target", "weight"),
+    [(torch.int64, torch.int64, torch.float32), (torch.float16, torch.float16, torch.float32)],
+    ids=str,
+)
+def test_a_weight_of_squared_errors_counts_for_the_dtype(input, target, weight, reduction):
+    x, t, w = torch.tensor([1, 2]).to(input), torch.tensor([0, 0]).to(target), torch.tensor([0.3, 0.3], dtype=weight)
+    y = ops.mse_loss(x, t, reduction=reduction, weight=w)
+    expected = F.mse_loss(x, t, reduction=reduction, weight=w)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected)
+
+
+def test_squared_errors_to_booleans():
+    x, t = torch.randn(3, requires_grad=True), torch.tensor([True, False, True])
+    (dx,) = torch.autograd.grad(ops.mse_loss(x, t), x)
+    torch.testing.assert_close(dx, 2 * (x - t.float()) / 3)
+
+
+def test_classes_as_bytes():
+    x, t = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 4, 2], dtype=torch.uint8)
+    found, expected = (torch.autograd.grad(ops.cross_entropy(x, each), x) for each in (t, t.long()))
+    assert torch.equal(*found, *expected)
+
+
+def test_losses_and_products_on_the_meta_device():
+    x, w = torch.ones(3, 4, device="meta"), torch.ones(5, 4, device="meta")
+    assert ops.linear(x, w).shape == (3, 5)
+    assert ops.cross_entropy(ops.linear(x, w), torch.zeros(3, dtype=torch.int64, device="meta")).shape == ()
+    assert ops.mse_loss(x, x).is_meta

@@ -172,3 +172,14 @@ def test_the_kernel_refuses_what_it_cannot_read(mask, message):
     q, k, v = kernel_arguments(1, 4, 2, 6, 6, 8, 8, torch.float32)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.entrenar.masked_attention(q, k, v, mask, 0.3)
+
+
+@pytest.mark.parametrize("queries", [1, 9])
+@pytest.mark.usefixtures("poisoned")
+def test_any_byte_but_0_is_true(queries, backend):
+    """As where a mask is a view of bytes that were not made by a comparison."""
+    args = kernel_arguments(1, 2, 2, queries, 75, 8, 8, torch.float32)
+    bytes_ = torch.randint(0, 256, (queries, 75)).to(torch.uint8)
+    bytes_[:, ::3] = 0
+    bytes_[:, 1] = 128
+    assert torch.equal(attention(*args, bytes_.view(torch.bool)), attention(*args, bytes_ != 0))

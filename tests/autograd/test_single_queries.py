@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
-from entrenar.autograd.ops import attention
+from entrenar.autograd.ops import attention, packed_attention
 
 MASKS = {
     "none": lambda heads, keys, dtype: None,
@@ -106,3 +106,15 @@ def test_scores_far_apart(dtype, backend):
     expected = torch_attention(query.double(), key.double(), value.double(), enable_gqa=True)
     # A score of 5000 is off by some of its units of 2^-11, and so is the logarithm of its probability.
     torch.testing.assert_close(y.double(), expected, atol=5e-3 if dtype is torch.float32 else 2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_no_heads_have_no_output(groups, backend):
+    query, key, value = torch.randn(2, 0, 1, 8), torch.randn(2, groups, 5, 8), torch.randn(2, groups, 5, 4)
+    assert attention(query, key, value, enable_gqa=True).shape == (2, 0, 1, 4)
+
+
+def test_one_packed_query_between_sequences_of_nothing(backend):
+    query, key, value = (torch.randn(2, 1, 8) for _ in range(3))
+    y = packed_attention(query, key, value, torch.tensor([0, 0, 1, 1]), is_causal=False)
+    torch.testing.assert_close(y, value)

@@ -11,7 +11,11 @@ def autocast(x: Tensor) -> Tensor:
 
     As torch's own, it leaves float64 and integers as they are.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
+    if autocast_is_on(x) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def autocast_is_on(x: Tensor) -> bool:
+    """Whether torch.autocast is on for the device of `x`; the meta device has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)

@@ -64,7 +64,9 @@ def scaled_dot_product_attention(
     gradient and is boolean or of query's dtype; for their backward the output and a number for each query are kept too.
     On the CPU they take float32 and bfloat16. On CUDA (from compute capability 8.0) they are torch's, for float32,
     bfloat16 and float16, the last two with is_causal only if T <= S; their gradients are the same in every run only
-    under torch.use_deterministic_algorithms.
+    under torch.use_deterministic_algorithms. Of a row whose every bias is far below its scores, as the dtype's lowest
+    number is, the output sees all keys alike, but the kernels' gradients count each as the only one: -infinity, or a
+    boolean mask, says that a key is not seen.
 
     Raises RuntimeError where shapes, dtypes or devices do not match, TypeError for values that are not floating point.
     """

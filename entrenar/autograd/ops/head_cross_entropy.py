@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 
 from entrenar.autograd.ops._cross_entropy import losses_of, reduce, refuse_no_class, turn_into_gradient
 from entrenar.autograd.ops._function import Function
@@ -74,17 +75,18 @@ def _is_just_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
     return type(head) is nn.Linear and "forward" not in vars(head) and not any(hooks)
 
 
-def _logits(head: nn.Module, x: Tensor, classes: int) -> Tensor:
-    logits = head(x.unsqueeze(0)).squeeze(0)
+def _logits(head: nn.Module, x: Tensor, classes: int, parameters: dict[str, Tensor] | None = None) -> Tensor:
+    logits = functional_call(head, parameters or {}, x.unsqueeze(0)).squeeze(0)
     if logits.shape != (len(x), classes):
         raise ValueError(f"the head gives logits {[1, *logits.shape]}, not {[1, len(x), classes]}")
     return logits
 
 
 def _losses_and_gradients(
-    head: nn.Module, x: Tensor, target: Tensor, classes: int, ignore_index: int, leaves: list[Tensor]
+    head: nn.Module, x: Tensor, target: Tensor, classes: int, ignore_index: int, parameters: dict[str, Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The losses of some rows, and the gradients of their sum."""
+    """The losses of some rows, and the gradients of their sum: in x, if it has one, and in the parameters."""
+    leaves = [*([x] if x.requires_grad else []), *parameters.values()]
     needed = {x.untyped_storage().data_ptr()}
 
     def pack(saved: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ def _losses_and_gradients(
         return saved
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda saved: saved):
-        logits = _logits(head, x, classes)
+        logits = _logits(head, x, classes, parameters)
     values = logits.detach()
     # The gradient takes the place of the logits, unless the head's own backward will look at them.
     if values.untyped_storage().data_ptr() in needed or not values.is_contiguous():
@@ -118,11 +120,13 @@ class HeadCrossEntropyFunction(Function):
         wants_input = ctx.needs_input_grad[1]
         dx = torch.empty_like(input) if wants_input else None
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+        names = [name for name, parameter in head.named_parameters() if parameter.requires_grad]
+        # Without the parameters' hooks, which are for the gradient of the whole.
+        own = {name: p.detach().requires_grad_() for name, p in zip(names, parameters, strict=True)}
         losses = [input.new_empty(0, dtype=torch.float32)]
         for part in chunks(len(input), classes * input.element_size()):
             x = input[part].detach().requires_grad_(wants_input)
-            leaves = [x, *parameters] if wants_input else [*parameters]
-            part_losses, gradients = _losses_and_gradients(head, x, target[part], classes, ignore_index, leaves)
+            part_losses, gradients = _losses_and_gradients(head, x, target[part], classes, ignore_index, own)
             losses.append(part_losses)
             if dx is not None:
                 dx[part] = gradients.pop(0)

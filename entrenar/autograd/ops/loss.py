@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from entrenar.autograd.ops import _cross_entropy
+from entrenar.autograd.ops._autocast import autocast_is_on
 from entrenar.autograd.ops._function import Function
 from entrenar.autograd.ops._gradient import fit, layout, refuse_complex, widen
 from entrenar.autograd.ops._override import overridable
@@ -58,6 +59,8 @@ def cross_entropy(
     input = _autocast_to_float32(input)
     if target.shape == input.shape:
         return ProbabilityCrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, label_smoothing)
+    if target.dtype == torch.uint8:
+        target = target.long()
     return CrossEntropyFunction.apply(input, target, weight, ignore_index, reduction, label_smoothing)
 
 
@@ -90,7 +93,7 @@ mse = mse_loss
 
 
 def _autocast_to_float32(x: Tensor) -> Tensor:
-    return widen(x) if torch.is_autocast_enabled(x.device.type) else x
+    return widen(x) if autocast_is_on(x) else x
 
 
 def _class_dim(x: Tensor) -> int:
@@ -238,7 +241,8 @@ class MSELossFunction(Function):
         wide = None if weight is None else widen(weight)
         # torch's stub of the function lacks its weight.
         loss = torch.nn.functional.mse_loss(widen(input), widen(target), reduction=reduction, weight=wide)  # type: ignore[call-arg]
-        return loss.to(torch.promote_types(input.dtype, target.dtype))
+        dtype = torch.promote_types(input.dtype, target.dtype)
+        return loss.to(dtype if weight is None else torch.promote_types(dtype, weight.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -250,7 +254,8 @@ class MSELossFunction(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        difference = widen(input) - widen(target)
+        x, t = widen(input), widen(target)
+        difference = x - t.to(torch.promote_types(x.dtype, t.dtype))  # of booleans there is none
         w = None if weight is None else widen(weight)
         dy = widen(dy)
         mean = ctx.reduction == "mean"

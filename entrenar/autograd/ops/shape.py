@@ -263,7 +263,7 @@ class IndexFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dy = widen(dy)
+        dy, picks = widen(dy), ctx.saved_tensors  # read once, as checkpointing demands
         # The method of this name takes no None.
-        dx = torch.ops.aten.index_put_(dy.new_zeros(ctx.shape), ctx.saved_tensors, dy, accumulate=True)
-        return dx.to(ctx.dtype), *(None for _ in ctx.saved_tensors)
+        dx = torch.ops.aten.index_put_(dy.new_zeros(ctx.shape), picks, dy, accumulate=True)
+        return dx.to(ctx.dtype), *(None for _ in picks)
