@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from entrenar.optim.base import KernelOptimizer, Params, check_betas, check_number, chosen_betas, define_step
+from entrenar.optim.base import KernelOptimizer, Params, define_step
 from entrenar.optim.rounding import add_, lerp_, sqrt, square_add_
+from entrenar.optim.settings import check_betas, check_number, chosen_betas
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -9,7 +9,6 @@ import warnings
 from abc import abstractmethod
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
-from numbers import Real
 from operator import attrgetter
 from typing import Any, ClassVar, overload
 
@@ -22,6 +21,7 @@ from entrenar.autograd.ops._library import define
 from entrenar.optim.clip import global_norm, why_not_finite
 from entrenar.optim.codes import BLOCK, ZERO_CODE, codebook, dequantize_blockwise, quantize_blockwise
 from entrenar.optim.exchange import from_bitsandbytes
+from entrenar.optim.settings import refuse_unsupported
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -85,7 +85,7 @@ class KernelOptimizer(Optimizer):
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be greater than 0, and is {max_norm!r}")
-        _refuse({"amsgrad": amsgrad, "differentiable": differentiable})
+        refuse_unsupported({"amsgrad": amsgrad, "differentiable": differentiable})
         if min_8bit_size is not None:
             defaults["min_8bit_size"] = min_8bit_size
         self.max_norm = max_norm
@@ -123,7 +123,7 @@ class KernelOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after checking its settings and parameters, as `torch.optim.Optimizer.add_param_group`."""
         self._check_settings({**self.defaults, **param_group})
-        _refuse(param_group)
+        refuse_unsupported(param_group)
         super().add_param_group(param_group)
         for i, param in enumerate(self.param_groups[-1]["params"]):
             if not param.is_floating_point():
@@ -285,8 +285,9 @@ class KernelOptimizer(Optimizer):
         that the other optimizer does not have stay as they are. Raises ValueError for a state that does not fit, with
         all as it was.
         """
+        state_dict = state_dict.copy()  # as torch's hooks expect
         for before in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = before(self, state_dict := state_dict.copy())
+            changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         kept = self.state, self.param_groups
         try:
@@ -301,17 +302,19 @@ class KernelOptimizer(Optimizer):
         ours = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         saved = dict(state_dict["state"])
+        # Torch loads the groups alone, for it would cast states to the parameters' dtypes. The hooks, which are to see
+        # states as well, are called around this.
         hooks = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         self._optimizer_load_state_dict_post_hooks = OrderedDict()
-        try:  # torch would cast states to the dtypes of the parameters
+        try:
             super().load_state_dict({**state_dict, "state": {}})
         finally:
             self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = hooks
         for group, before in zip(self.param_groups, ours, strict=True):
             for name, value in before.items():
                 group.setdefault(name, value)
-            _refuse(group)
+            refuse_unsupported(group)
             self._check_settings(group)
         places = iter(indices)
         for group in self.param_groups:
@@ -368,36 +371,3 @@ def _stacklevel_of_caller() -> int:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("entrenar", "torch"):
         frame, level = frame.f_back, level + 1
     return level
-
-
-def _refuse(settings: dict[str, Any]) -> None:
-    for name in ("amsgrad", "differentiable"):
-        if settings.get(name):
-            raise ValueError(f"{name}=True is not supported: use torch.optim's optimizer for it")
-
-
-def check_number(name: str, value: Any, most: float = math.inf) -> None:
-    """Raise ValueError unless value is a number, 0 or more and below `most`; a learning rate may be a tensor of one."""
-    if name == "lr" and isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not value.is_cpu:
-            return  # reading it would wait for the device
-        value = value.item()
-    if not (isinstance(value, Real) and 0 <= float(value) < most):
-        kind = "a finite number, 0 or more" if most == math.inf else f"a number in [0, {most:g})"
-        raise ValueError(f"{name} must be {kind}, and is {value!r}")
-
-
-def chosen_betas(betas: Any, beta1: float | None, beta2: float | None) -> tuple[float, float]:
-    """The two betas, of which each may be given by its own name instead. Raises ValueError for what is no pair."""
-    check_betas(betas)
-    return betas[0] if beta1 is None else beta1, betas[1] if beta2 is None else beta2
-
-
-def check_betas(betas: Any) -> None:
-    """Raise ValueError unless betas are two numbers in [0, 1)."""
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers in [0, 1), and are {betas!r}")
-    for name, value in zip(("beta1", "beta2"), betas, strict=True):
-        check_number(name, value, 1)

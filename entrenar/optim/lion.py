@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entrenar.optim.base import KernelOptimizer, Params, check_betas, check_number, chosen_betas, define_step
+from entrenar.optim.base import KernelOptimizer, Params, define_step
 from entrenar.optim.rounding import add_
+from entrenar.optim.settings import check_betas, check_number, chosen_betas
 
 define_step("lion_", "float lr, float beta1, float beta2, float weight_decay, bool maximize")
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entrenar.optim.base import KernelOptimizer, Params, check_number, define_step
+from entrenar.optim.base import KernelOptimizer, Params, define_step
 from entrenar.optim.rounding import add_
+from entrenar.optim.settings import check_number
 
 define_step("sgd_", "float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize")
 

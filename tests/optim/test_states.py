@@ -36,7 +36,7 @@ class Twins:
         """Those of parameter i and of its copy."""
         return self.together.state[self.params[i]], self.separate[i].state[self.copies[i]]
 
-    def step(self, missing: Iterable[int] = ()) -> None:
+    def step_and_compare(self, missing: Iterable[int] = ()) -> None:
         set_gradients(self.params, self.steps, missing=0)
         self.steps += 1
         for i, (param, same) in enumerate(zip(self.params, self.copies, strict=True)):
@@ -57,7 +57,7 @@ class Twins:
 def test_gradients_that_come_and_go(bits, backend):
     twins = Twins("adamw", bits)
     for missing in [{1, 3}, {1}, (), {0, 5}, range(6), (), {2}, ()]:
-        twins.step(missing)
+        twins.step_and_compare(missing)
 
 
 @pytest.mark.parametrize("bits", [8, 32])
@@ -65,7 +65,7 @@ def test_gradients_that_come_and_go(bits, backend):
 def test_dtypes_of_one_group(dtype, bits, backend):
     twins = Twins("adamw", bits, (torch.float32, dtype))
     for _ in range(3):
-        twins.step()
+        twins.step_and_compare()
 
 
 @pytest.mark.parametrize(
@@ -80,26 +80,26 @@ def test_dtypes_of_one_group(dtype, bits, backend):
 def test_a_replaced_state_is_the_one_that_counts(change, backend):
     for bits in (8, 32):
         twins = Twins("adamw", bits)
-        twins.step()
+        twins.step_and_compare()
         for state in twins.states(1):
             change(state)
-        twins.step()
+        twins.step_and_compare()
 
 
 def test_a_parameter_whose_state_is_forgotten_begins_again(backend):
     twins = Twins("adamw", 32)
-    twins.step()
+    twins.step_and_compare()
     del twins.together.state[twins.params[0]], twins.separate[0].state[twins.copies[0]]
-    twins.step()
+    twins.step_and_compare()
     assert twins.states(0)[0]["step"] == 1
 
 
 def test_a_state_of_ones_own_stays(backend):
     twins = Twins("adamw", 32)
-    twins.step()
+    twins.step_and_compare()
     for state in twins.states(0):
         state["note"] = torch.ones(2)
-    twins.step()
+    twins.step_and_compare()
     assert torch.equal(twins.states(0)[0]["note"], torch.ones(2))
 
 
@@ -107,7 +107,7 @@ def test_a_state_of_ones_own_stays(backend):
 def test_a_parameter_in_anothers_place(forget, backend):
     """As where a parameter loses some of its rows, and the new one takes what is left of the states."""
     twins = Twins("adamw", 32)
-    twins.step()
+    twins.step_and_compare()
     old = twins.params[0]
     before = old.detach().clone()
     for optimizer, params in ((twins.together, twins.params), (twins.separate[0], twins.copies)):
@@ -115,24 +115,24 @@ def test_a_parameter_in_anothers_place(forget, backend):
         state = optimizer.state.pop(params[0]) if forget else optimizer.state[params[0]]
         optimizer.state[new] = {n: value if n == "step" else value[:3000].clone() for n, value in state.items()}
         optimizer.param_groups[0]["params"][0] = params[0] = new
-    twins.step()
+    twins.step_and_compare()
     assert torch.equal(old, before)
 
 
 def test_a_parameter_that_changes_its_dtype(backend):
     twins = Twins("adamw", 32)
-    twins.step()
+    twins.step_and_compare()
     for params in (twins.params, twins.copies):
         params[1].grad = None
         params[1].data = params[1].data.bfloat16()
-    twins.step()
+    twins.step_and_compare()
     assert twins.states(1)[0]["exp_avg"].dtype is torch.float32
 
 
 @pytest.mark.parametrize("bits", [8, 32])
 def test_copies_and_what_is_loaded_go_on(bits, backend):
     twins = Twins("adamw", bits)
-    twins.step()
+    twins.step_and_compare()
     saved = io.BytesIO()
     torch.save(twins.together.state_dict(), saved)
     states = [value for state in twins.together.state.values() for value in state.values()]
@@ -142,7 +142,7 @@ def test_copies_and_what_is_loaded_go_on(bits, backend):
     loaded = make("adamw", bits, copy.deepcopy(twins.params))
     saved.seek(0)
     loaded.load_state_dict(torch.load(saved, weights_only=True))
-    twins.step()
+    twins.step_and_compare()
     for optimizer in (copied, loaded):
         params = optimizer.param_groups[0]["params"]
         for param, same in zip(params, twins.params, strict=True):
@@ -154,5 +154,5 @@ def test_copies_and_what_is_loaded_go_on(bits, backend):
 def test_a_step_in_inference_mode(backend):
     twins = Twins("adamw", 32)
     with torch.inference_mode():
-        twins.step()
-    twins.step()
+        twins.step_and_compare()
+    twins.step_and_compare()

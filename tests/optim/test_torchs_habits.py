@@ -240,4 +240,5 @@ optimizer.grad_scale, optimizer.found_inf = torch.ones((), dtype=torch.float32),
 optimizer.step()
 assert (param - 0.5).abs().max() < 1e-6, param
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    result = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

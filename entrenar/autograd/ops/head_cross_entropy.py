@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -75,8 +76,8 @@ def _is_just_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
     return type(head) is nn.Linear and "forward" not in vars(head) and not any(hooks)
 
 
-def _logits(head: nn.Module, x: Tensor, classes: int, parameters: dict[str, Tensor] | None = None) -> Tensor:
-    logits = functional_call(head, parameters or {}, x.unsqueeze(0)).squeeze(0)
+def _logits(head: Callable[[Tensor], Tensor], x: Tensor, classes: int) -> Tensor:
+    logits = head(x.unsqueeze(0)).squeeze(0)
     if logits.shape != (len(x), classes):
         raise ValueError(f"the head gives logits {[1, *logits.shape]}, not {[1, len(x), classes]}")
     return logits
@@ -94,7 +95,7 @@ def _losses_and_gradients(
         return saved
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda saved: saved):
-        logits = _logits(head, x, classes, parameters)
+        logits = _logits(lambda x: functional_call(head, parameters, x), x, classes)
     values = logits.detach()
     # The gradient takes the place of the logits, unless the head's own backward will look at them.
     if values.untyped_storage().data_ptr() in needed or not values.is_contiguous():
